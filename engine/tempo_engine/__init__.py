@@ -1,0 +1,1 @@
+"""The training engine: policy, critic, rollouts, packing, updates, checkpoints, evaluation. It knows nothing of EM or recipes."""

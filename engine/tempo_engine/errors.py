@@ -1,0 +1,5 @@
+"""The one exception that means "the user can mend this": one sentence with what was wanted, what was found, what to do."""
+
+
+class UserError(ValueError):
+    """A mistake in a recipe, a file or a command. The command line prints the sentence and exits with code 2."""

@@ -1,0 +1,111 @@
+"""Rollouts -> one packed batch: sequences end to end, no padding, with the positions where log-probs and values are read."""
+
+# Shape letters: N = packed tokens (prompts and responses), T = packed response tokens, S = sequences, S1 = S + 1,
+# TS = T + S values, BL = sequences padded on the right to a rectangle
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from tempo_kernels.segments import boundaries, ranges, segment_ids, segment_index, segment_lengths
+from torch import Tensor
+
+from tempo_engine.rollout import Rollout
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """S sequences end to end.
+
+    With prompt (5, 9) and response (7, 2): input_ids_N = [5, 9, 7, 2], target_T = [7, 2]; the log-probs are read at positions
+    [1, 2] (each position predicts the next token), the T + 1 values at positions [1, 2, 3] (before each token, and after the last).
+    """
+
+    input_ids_N: Tensor
+    cu_seqlens_S1: Tensor
+    cu_responses_S1: Tensor
+    sampler_logprob_T: Tensor
+
+    def __len__(self) -> int:
+        return len(self.cu_seqlens_S1) - 1
+
+    @cached_property
+    def length_S(self) -> Tensor:
+        return segment_lengths(self.cu_seqlens_S1)
+
+    @cached_property
+    def response_length_S(self) -> Tensor:
+        return segment_lengths(self.cu_responses_S1)
+
+    @cached_property
+    def response_index_T(self) -> Tensor:
+        """Positions of the response tokens."""
+        return ranges(self.cu_seqlens_S1[1:] - self.response_length_S, self.response_length_S)
+
+    @property
+    def target_T(self) -> Tensor:
+        return self.input_ids_N[self.response_index_T]
+
+    @property
+    def logprob_index_T(self) -> Tensor:
+        """Positions whose hidden state predicts each response token."""
+        return self.response_index_T - 1
+
+    @cached_property
+    def value_index_TS(self) -> Tensor:
+        """Positions whose hidden state is read as V(x, y_<t), and after the last token as V(x, y_T)."""
+        return ranges(self.cu_seqlens_S1[1:] - self.response_length_S - 1, self.response_length_S + 1)
+
+    @cached_property
+    def cu_values_S1(self) -> Tensor:
+        return boundaries(self.response_length_S + 1)
+
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """The tokens as a rectangle, [B, L] padded on the right, and where each packed position lies in its flattened form, [N].
+
+        Right padding comes after every real token, so causal attention needs no mask for it.
+        """
+        longest = int(self.length_S.max())
+        sequence_N = segment_ids(self.cu_seqlens_S1)
+        column_N = torch.arange(len(self.input_ids_N), device=sequence_N.device) - self.cu_seqlens_S1[sequence_N]
+        index_N = sequence_N * longest + column_N
+        ids = self.input_ids_N.new_zeros(len(self) * longest)
+        ids[index_N] = self.input_ids_N
+        return ids.view(len(self), longest), index_N
+
+    def select(self, rows: Tensor) -> "PackedBatch":
+        """The chosen sequences, in the order of `rows`."""
+        return PackedBatch(
+            self.input_ids_N[segment_index(self.cu_seqlens_S1, rows)],
+            boundaries(self.length_S[rows]),
+            boundaries(self.response_length_S[rows]),
+            self.sampler_logprob_T[segment_index(self.cu_responses_S1, rows)],
+        )
+
+    def micro_batches(self, rows: Tensor, max_tokens: int) -> Iterator[Tensor]:
+        """Split `rows` so that each part padded to its longest sequence holds at most `max_tokens` tokens (or one sequence).
+
+        Longest first: memory peaks at once, not later, and neighbours have similar lengths.
+        """
+        order = rows[self.length_S[rows].argsort(descending=True, stable=True)]
+        start = 0
+        while start < len(order):
+            count = max(1, max_tokens // int(self.length_S[order[start]]))
+            yield order[start : start + count]
+            start += count
+
+
+def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedBatch:
+    """Lay rollouts end to end, in order. Raises ValueError for an empty prompt: its first token would have no position before it."""
+    for rollout in rollouts:
+        if not rollout.prompt.token_ids:
+            raise ValueError(f"the prompt {rollout.prompt.id} has no tokens")
+    ids = [token for r in rollouts for token in (*r.prompt.token_ids, *r.response_ids)]
+    response_length_S = torch.tensor([len(r.response_ids) for r in rollouts])
+    prompt_length_S = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
+    return PackedBatch(
+        torch.tensor(ids, device=device),
+        boundaries(prompt_length_S + response_length_S).to(device),
+        boundaries(response_length_S).to(device),
+        torch.tensor([p for r in rollouts for p in r.logprobs], dtype=torch.float32, device=device),
+    )

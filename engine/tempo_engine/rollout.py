@@ -1,0 +1,61 @@
+"""The hand-off types between prompts, samplers and updates. Labels live in `Labelled` and nowhere else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from tempo_engine.model import Policy
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question, ready for a model: Prompt(id="9f2c...", text="3 5 = (8)", token_ids=(5, 9, 2, 30)).
+
+    `id` is a hash of the content, so the same question has the same id in every source. A Prompt has no answer: unlabelled
+    questions reach training code as Prompts only.
+    """
+
+    id: str
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A question with every answer that counts as right: Labelled(prompt, answers=frozenset({"+3+5"}))."""
+
+    prompt: Prompt
+    answers: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rollout:
+    """One sampled response: Rollout(prompt, response_ids=[7, 2], logprobs=[-0.1, -1.3], version=12, ...).
+
+    `response_ids` ends with the end-of-sequence token unless `is_truncated`. `logprobs` are those of the sampled tokens under
+    the sampling distribution, `version` names the weights that sampled them, `text` is the decoded response.
+    """
+
+    prompt: Prompt
+    response_ids: list[int]
+    logprobs: list[float]
+    version: int
+    is_truncated: bool
+    text: str
+
+
+class Sampler(Protocol):
+    """Where responses come from. One protocol for the in-process sampler and for servers."""
+
+    def load(self, policy: "Policy") -> None:
+        """Sample from this policy from now on; rollouts carry its version."""
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+        """`group_size` responses to each prompt, those of one prompt next to each other.
+
+        `key` names the occasion ("em/12", "eval/12"): together with the run's seed, the prompt and the sample's number it fixes
+        the random draws.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""Where prompts come from and how an answer is read. One small file a task."""

@@ -1,0 +1,57 @@
+"""Questions from a JSONL file: one object a line with a prompt (text or chat messages) and, where known, an answer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tempo_engine.errors import UserError
+from tempo_engine.tasks.answers import canonical
+from tempo_engine.tasks.question import Question
+
+
+def read_questions(path: Path, *, prompt_column: str, answer_column: str | None, limit: int | None = None) -> list[Question]:
+    """The file's questions, in order, without repeats of the same content.
+
+    Raises UserError naming the line when it is not JSON, lacks a column or holds something else there; and for an empty file.
+    """
+    if not path.is_file():
+        raise UserError(f"the data file {path} does not exist")
+    found: dict[str, Question] = {}
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip() and (limit is None or len(found) < limit):
+                question = _question(line, f"{path}, line {number}", prompt_column, answer_column)
+                found.setdefault(question.id, question)
+    if not found:
+        raise UserError(f"the data file {path} holds no questions; it needs one JSON object a line")
+    return list(found.values())
+
+
+def _question(line: str, where: str, prompt_column: str, answer_column: str | None) -> Question:
+    try:
+        row = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where} holds a {type(row).__name__}, want an object with the column {prompt_column!r}")
+    for column in filter(None, (prompt_column, answer_column)):
+        if column not in row:
+            raise UserError(f"{where} has no column {column!r}; its columns are {', '.join(sorted(map(str, row)))}")
+    answers = frozenset() if answer_column is None else _answers(row[answer_column], where)
+    return Question(_content(row[prompt_column], where), answers)
+
+
+def _content(prompt: Any, where: str) -> str | tuple[tuple[str, str], ...]:
+    if isinstance(prompt, str) and prompt.strip():
+        return prompt
+    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+        return tuple((str(m["role"]), str(m["content"])) for m in prompt)
+    raise UserError(f"{where}: the prompt must be text or a list of messages with role and content, got {str(prompt)[:60]!r}")
+
+
+def _answers(answer: Any, where: str) -> frozenset[str]:
+    """One answer (text or number), or a list of equally right ones."""
+    options = answer if isinstance(answer, list) else [answer]
+    if not options or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in options):
+        raise UserError(f"{where}: the answer must be text, a number or a list of them, got {str(answer)[:60]!r}")
+    return frozenset(canonical(str(a)) for a in options)

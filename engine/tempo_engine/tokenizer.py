@@ -1,0 +1,76 @@
+"""Tokenizers: loaded beside a model, or built for a model that is created from a config."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from tempo_engine.errors import UserError
+from tempo_engine.rollout import Prompt
+from tempo_engine.tasks.question import Question
+
+PAD, END, UNKNOWN = "<pad>", "<end>", "<unk>"
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer of a Hugging Face directory. Raises UserError when there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"transformers finds no usable tokenizer in {path}: {str(error).splitlines()[0]}") from error
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """One token a whitespace-separated word: for generators, whose vocabulary is known in full."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys([PAD, END, UNKNOWN, *words]))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
+    return _wrap(tokenizer)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: for a small model on text of any kind."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([PAD, END, UNKNOWN, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # pyright: ignore[reportAttributeAccessIssue]
+    tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
+    return _wrap(tokenizer)
+
+
+def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=PAD, eos_token=END, unk_token=UNKNOWN, clean_up_tokenization_spaces=False
+    )
+
+
+def to_prompts(questions: Sequence[Question], tokenizer: Any, *, max_tokens: int, where: str) -> list[Prompt]:
+    """Tokenise questions: text as it is, chat messages through the tokenizer's chat template.
+
+    Raises UserError for a chat prompt without a template, and for a prompt that is empty or longer than `max_tokens`.
+    """
+    prompts = []
+    for question in questions:
+        if isinstance(question.content, str):
+            text = question.content
+            ids = tokenizer(text)["input_ids"]
+        else:
+            if not getattr(tokenizer, "chat_template", None):
+                raise UserError(f"{where} holds chat messages, but the model's tokenizer has no chat template; use text prompts")
+            messages = [{"role": role, "content": content} for role, content in question.content]
+            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not 0 < len(ids) <= max_tokens:
+            raise UserError(
+                f"{where}: the prompt {text[:60]!r} has {len(ids)} tokens, the limit rollout.max_prompt_tokens is {max_tokens}; "
+                "raise it or shorten the prompt"
+            )
+        prompts.append(Prompt(question.id, text, tuple(ids)))
+    return prompts
+
+
+def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
+    """Token ids -> text, special tokens left out."""
+    return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
