@@ -8,11 +8,13 @@ signed numbers, "+3+5-1-2". The bracketed remainders are the reasoning: a model 
 itself (a "fudge"), and a critic has to check every step to see it.
 """
 
+import functools
 import itertools
 import random
 import re
-from collections import Counter
 from dataclasses import dataclass
+
+import numpy as np
 
 from tempo_engine.tasks.question import Question
 
@@ -36,29 +38,23 @@ class Signs:
         terms = self.terms[index % len(self.terms)]
         while True:
             numbers = [rng.randint(1, self.largest) for _ in range(terms)]
-            reached = Counter(_total(signs, numbers) for signs in _patterns(terms))
-            if not self.unique:
-                target = rng.choice(sorted(reached))
-                break
-            extreme = sum(numbers)
-            targets = sorted(t for t, ways in reached.items() if ways == 1 and abs(t) != extreme)
-            if targets:
-                target = rng.choice(targets)
-                break
-        answers = frozenset(_answer(s, numbers) for s in _patterns(terms) if _total(s, numbers) == target)
-        return Question(f"{' '.join(map(str, numbers))} = ({target})", answers)
+            totals = _totals(numbers)
+            targets, ways = np.unique(totals, return_counts=True)
+            if self.unique:
+                targets = targets[(ways == 1) & (abs(targets) != sum(numbers))]
+            if len(targets):
+                target = int(targets[rng.randrange(len(targets))])
+                answers = frozenset(_answer(signs, numbers) for signs in _patterns(terms)[totals == target].tolist())
+                return Question(f"{' '.join(map(str, numbers))} = ({target})", answers)
 
     def trace(self, question: Question, kind: str, rng: random.Random) -> str:
         """`right`: a solution. `miss`: honest arithmetic that does not end on 0. `fudge`: the same with one false remainder, so that
         it does end on 0."""
         numbers, target = _read(question)
-        solving = {s for s in _patterns(len(numbers)) if _total(s, numbers) == target}
-        wrong = [s for s in _patterns(len(numbers)) if s not in solving]
-        if kind == "right" or not wrong:
-            return _write(rng.choice(sorted(solving)), numbers, target)
-        signs = rng.choice(wrong)
-        slip = rng.randrange(len(numbers)) if kind == "fudge" else None
-        return _write(signs, numbers, target, slip_at=slip)
+        solves = _totals(numbers) == target
+        candidates = _patterns(len(numbers))[solves if kind == "right" or solves.all() else ~solves]
+        signs = candidates[rng.randrange(len(candidates))].tolist()
+        return _write(signs, numbers, target, slip_at=rng.randrange(len(numbers)) if kind == "fudge" else None)
 
     def extract(self, response: str) -> str | None:
         steps = _STEP.findall(response)
@@ -71,15 +67,18 @@ class Signs:
         return ["=", *numbers, *(s + n for s in "+-" for n in numbers), *(f"({r})" for r in range(-furthest, furthest + 1))]
 
 
-def _patterns(terms: int) -> list[tuple[int, ...]]:
-    return list(itertools.product((1, -1), repeat=terms))
+@functools.cache
+def _patterns(terms: int) -> np.ndarray:
+    """Every choice of signs, [2 ** terms, terms]."""
+    return np.array(list(itertools.product((1, -1), repeat=terms)))
 
 
-def _total(signs: tuple[int, ...], numbers: list[int]) -> int:
-    return sum(s * n for s, n in zip(signs, numbers, strict=True))
+def _totals(numbers: list[int]) -> np.ndarray:
+    """What each choice of signs adds up to, [2 ** terms]."""
+    return _patterns(len(numbers)) @ np.array(numbers)
 
 
-def _answer(signs: tuple[int, ...], numbers: list[int]) -> str:
+def _answer(signs: list[int], numbers: list[int]) -> str:
     return "".join(f"{s * n:+d}" for s, n in zip(signs, numbers, strict=True))
 
 
@@ -88,11 +87,10 @@ def _read(question: Question) -> tuple[list[int], int]:
     return [int(n) for n in numbers.split()], int(target.strip("()"))
 
 
-def _write(signs: tuple[int, ...], numbers: list[int], target: int, slip_at: int | None = None) -> str:
+def _write(signs: list[int], numbers: list[int], target: int, slip_at: int | None = None) -> str:
+    missed_by = target - sum(sign * number for sign, number in zip(signs, numbers, strict=True))
     rest, words = target, []
     for step, (sign, number) in enumerate(zip(signs, numbers, strict=True)):
-        rest -= sign * number
-        if step == slip_at:
-            rest -= target - _total(signs, numbers)
+        rest -= sign * number + (missed_by if step == slip_at else 0)
         words.append(f"{sign * number:+d} ({rest})")
     return " ".join(words)

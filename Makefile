@@ -1,0 +1,32 @@
+# Two commands set everything up on a fresh machine with Python >= 3.11: make quickstart, make test.
+PYTHON ?= python3
+BIN := .venv/bin
+# One pass over the sources decides whether the environment is stale.
+STAMP := .venv/.installed
+
+.PHONY: quickstart test lint bench-sampler compare clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $(STAMP)
+
+quickstart: $(STAMP)
+	$(BIN)/tempo-engine train quickstart --resume auto
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench-sampler: $(STAMP)
+	$(BIN)/python benchmarks/sampler.py
+
+compare: $(STAMP)
+	$(BIN)/python benchmarks/quickstart.py
+
+clean:
+	rm -rf .venv runs

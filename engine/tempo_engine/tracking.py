@@ -1,0 +1,92 @@
+"""Metrics: added up over micro-batches, averaged over optimiser steps, written to metrics.jsonl and shown on the console."""
+
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+
+class Accumulator:
+    """Adds metrics over the micro-batches of a step, then averages over steps. Names ending in `_max` keep the largest."""
+
+    def __init__(self) -> None:
+        self._sum: dict[str, Tensor | float] = defaultdict(float)
+        self._max: dict[str, Tensor | float] = {}
+        self._steps = 0
+
+    def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        for name, value in metrics.items():
+            if name.endswith("_max"):
+                self._max[name] = max(self._max.get(name, value), value)
+            else:
+                self._sum[name] = self._sum[name] + value
+
+    def end_step(self, metrics: Mapping[str, float]) -> None:
+        """Close an optimiser step, with metrics that exist once a step."""
+        self.add(metrics)
+        self._steps += 1
+
+    def means(self) -> dict[str, float]:
+        means = {name: float(value) / max(1, self._steps) for name, value in self._sum.items()}
+        return means | {name: float(value) for name, value in self._max.items()}
+
+
+class Clock:
+    """Seconds per phase: in total, and since the last `lap`."""
+
+    def __init__(self) -> None:
+        self.total: dict[str, float] = defaultdict(float)
+        self._lap: dict[str, float] = defaultdict(float)
+        self.phase = "start"
+
+    @contextmanager
+    def time(self, phase: str) -> Iterator[None]:
+        outer, self.phase = self.phase, phase
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - start
+            self.total[phase] += seconds
+            self._lap[phase] += seconds
+            self.phase = outer
+
+    def lap(self) -> dict[str, float]:
+        """Seconds per phase since the last call."""
+        lap, self._lap = dict(self._lap), defaultdict(float)
+        return lap
+
+
+class MetricsFile:
+    """One JSON object a line. After a resume the file is cut back to where the checkpoint was taken, so no step appears twice."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, row: Mapping[str, object]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+
+    @property
+    def size(self) -> int:
+        return self.path.stat().st_size if self.path.exists() else 0
+
+    def cut(self, size: int) -> None:
+        if self.path.exists():
+            with self.path.open("r+b") as file:
+                file.truncate(size)
+
+    def rows(self) -> list[dict[str, object]]:
+        if not self.path.exists():
+            return []
+        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+
+
+def _plain(value: object) -> object:
+    """JSON has no NaN: a metric that does not exist (the AUROC of answers that are all right) is null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,221 @@
+"""Recipe -> the parts of a run. Everything a user can get wrong is found here, before a run folder exists."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tempo_engine.cursor import Cursor
+from tempo_engine.errors import UserError
+from tempo_engine.evaluate import EvaluationSet
+from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm
+from tempo_engine.optim import Optimizer, schedule_factor
+from tempo_engine.rollout import Labelled, Prompt
+from tempo_engine.samplers.local import LocalSampler
+from tempo_engine.tasks.answers import EXTRACTORS, Extract
+from tempo_engine.tasks.jsonl import read_questions
+from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
+from tempo_engine.tasks.signs import Signs
+from tempo_engine.tasks.sums import Sums
+from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
+from tempo_engine.tracking import Clock
+
+from tempo_em.cold_start import ColdStart
+from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
+from tempo_em.schedule import EMLoop, Stage
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The questions of one source, how their answers are read, and the generator behind them, if any."""
+
+    questions: list[Question]
+    extract: Extract
+    generator: Generator | None
+
+
+@dataclass
+class Parts:
+    """Everything a run consists of."""
+
+    loop: EMLoop
+    stages: list[Stage]
+    cold_start: ColdStart | None
+    evaluation_sets: list[EvaluationSet]
+    tokenizer: Any
+
+
+def build(recipe: Recipe) -> Parts:
+    """Load data, tokenizer and models and join them. Raises UserError with one sentence for anything that cannot work."""
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    datasets = load_datasets(recipe)
+    tokenizer = load_tokenizer(recipe.model.path) if recipe.model.path else tokenizer_for(datasets)
+
+    def prompts(name: str) -> list[Prompt]:
+        limit = recipe.rollout.max_prompt_tokens
+        return to_prompts(datasets[name].questions, tokenizer, max_tokens=limit, where=f"data.{name}")
+
+    def with_answers(name: str) -> list[Labelled]:
+        pairs = zip(prompts(name), datasets[name].questions, strict=True)
+        return [Labelled(prompt, question.answers) for prompt, question in pairs]
+
+    labelled = with_answers("labelled")
+    policy = _policy(recipe, tokenizer, device)
+    critic = None
+    if recipe.uses_critic:
+        critic = Critic(policy, backbone=recipe.critic.backbone, head=recipe.critic.head)
+    sampler = LocalSampler(
+        stop_ids=stop_ids(policy, tokenizer),
+        decode=decoder(tokenizer),
+        max_new_tokens=recipe.rollout.max_new_tokens,
+        temperature=recipe.rollout.temperature,
+        top_p=recipe.rollout.top_p,
+        top_k=recipe.rollout.top_k,
+        max_running=recipe.rollout.max_running,
+        seed=recipe.seed,
+    )
+    sampler.load(policy)
+    loop = EMLoop(
+        recipe=recipe,
+        policy=policy,
+        critic=critic,
+        sampler=sampler,
+        labelled=Cursor(labelled, seed=f"{recipe.seed}/labelled"),
+        unlabelled=Cursor(prompts("unlabelled"), seed=f"{recipe.seed}/unlabelled"),
+        extract_labelled=datasets["labelled"].extract,
+        extract_unlabelled=datasets["unlabelled"].extract,
+        policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
+        critic_optimizer=None if critic is None else _optimizer(critic.parameters(), recipe.estep.optim, _critic_steps(recipe)),
+        clock=Clock(),
+    )
+    audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
+    sets = [EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited]
+    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets["labelled"], loop, tokenizer), sets, tokenizer)
+
+
+def stages_of(recipe: Recipe) -> list[Stage]:
+    """Critic warm-up and RLVR are the EM iteration on labelled prompts only, without and with the policy update."""
+    common = {"labelled_share": 1.0, "posterior": "label", "trains_on_labelled": True, "recalibrates_every": 1}
+    em = recipe.em
+    return [
+        Stage("critic_warmup", recipe.initialisation.critic_warmup, improves_policy=False, **common),
+        Stage("rlvr", recipe.initialisation.rlvr, improves_policy=True, **common),
+        Stage(
+            "em",
+            em.iterations,
+            labelled_share=em.labelled_share,
+            posterior=em.posterior,
+            improves_policy=True,
+            trains_on_labelled=em.train_policy_on_labelled,
+            recalibrates_every=recipe.estep.every,
+        ),
+    ]
+
+
+def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
+    """Every source of the recipe. Labelled, unlabelled and each evaluation set must not share a question with another role."""
+    sources: dict[str, tuple[Source, Split]] = {
+        "labelled": (recipe.data.labelled, "labelled"),
+        "unlabelled": (recipe.data.unlabelled, "unlabelled"),
+        **{f"evaluation.{name}": (source, "heldout") for name, source in recipe.data.evaluation.items()},
+    }
+    datasets = {name: _dataset(source, split, recipe.seed, f"data.{name}") for name, (source, split) in sources.items()}
+    for name in datasets:
+        if name.startswith("evaluation.") or name == "labelled":
+            unanswered = next((q for q in datasets[name].questions if not q.answers), None)
+            if unanswered:
+                raise UserError(f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column")
+    for name in list(datasets)[1:]:
+        check_disjoint({f"data.{n}": datasets[n].questions for n in ("labelled", "unlabelled", name) if n in datasets})
+    return datasets
+
+
+def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
+    if isinstance(source, JsonlSource):
+        questions = read_questions(source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit)
+        return Dataset(questions, EXTRACTORS[source.extract], None)
+    generator: Generator
+    if isinstance(source, SignsSource):
+        generator = Signs(source.terms, source.largest, source.unique)
+    else:
+        generator = Sums(source.terms, source.largest)
+    return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
+
+
+def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
+    """For a fresh model: one token a word when every prompt is generated, else one token a byte."""
+    generators = [dataset.generator for dataset in datasets.values()]
+    if all(generators):
+        return word_tokenizer(sorted({word for generator in generators if generator for word in generator.vocabulary()}))
+    return byte_tokenizer()
+
+
+def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
+    how = recipe.model
+    if how.path:
+        model = load_causal_lm(how.path, dtype=how.dtype, attention=how.attention)
+    else:
+        assert how.create is not None
+        ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+        config = {"vocab_size": len(tokenizer), **ids, **how.create}
+        if config["vocab_size"] < len(tokenizer):
+            raise UserError(f"model.create.vocab_size is {config['vocab_size']}, the tokenizer has {len(tokenizer)} tokens; leave it out")
+        model = create_causal_lm(config, dtype=how.dtype, attention=how.attention, seed=recipe.seed)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
+    if limit is not None and longest > limit:
+        raise UserError(
+            f"rollout.max_prompt_tokens + max_new_tokens is {longest}, but the model takes {limit} positions; lower one of them"
+        )
+    return Policy(model.to(device), temperature=recipe.rollout.temperature)  # pyright: ignore[reportArgumentType]
+
+
+def stop_ids(policy: Policy, tokenizer: Any) -> list[int]:
+    """Tokens that end a response: those of the model's generation config, and the tokenizer's end of sequence."""
+    configured = getattr(policy.model.generation_config, "eos_token_id", None)
+    ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
+    found = sorted(i for i in ids if i is not None)
+    if not found:
+        raise UserError("neither the model's generation config nor its tokenizer names an end-of-sequence token")
+    return found
+
+
+def _optimizer(parameters: Any, how: OptimRecipe, total_steps: int) -> Optimizer:
+    return Optimizer(
+        parameters,
+        lr=how.lr,
+        weight_decay=how.weight_decay,
+        betas=how.betas,
+        max_grad_norm=how.max_grad_norm,
+        factor=schedule(how, total_steps),
+    )
+
+
+def schedule(how: OptimRecipe, total_steps: int) -> Callable[[int], float]:
+    return lambda step: schedule_factor(step, warmup=how.warmup_steps, schedule=how.schedule, total=total_steps)
+
+
+def _policy_steps(recipe: Recipe) -> int:
+    return (recipe.initialisation.rlvr + recipe.em.iterations) * recipe.mstep.epochs * recipe.mstep.minibatches
+
+
+def _critic_steps(recipe: Recipe) -> int:
+    em = -(-recipe.em.iterations // recipe.estep.every) if recipe.estep.every else 0
+    fits = recipe.initialisation.critic_warmup + recipe.initialisation.rlvr + em
+    return fits * recipe.estep.epochs * recipe.estep.minibatches
+
+
+def _cold_start(recipe: Recipe, labelled: Dataset, loop: EMLoop, tokenizer: Any) -> ColdStart | None:
+    how = recipe.cold_start
+    if not how.steps:
+        return None
+    if labelled.generator is None:
+        raise UserError("cold_start.steps needs worked responses, which only generators write; data.labelled is a file, set steps to 0")
+    unknown = set(how.mix) - set(labelled.generator.trace_kinds)
+    if unknown:
+        kinds = ", ".join(labelled.generator.trace_kinds)
+        raise UserError(f"cold_start.mix has {', '.join(sorted(unknown))}; this generator writes {kinds}")
+    optimizer = _optimizer(loop.policy.parameters(), how.optim, how.steps)
+    return ColdStart(recipe, labelled.generator, tokenizer, loop.policy, optimizer)

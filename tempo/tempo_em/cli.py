@@ -1,0 +1,62 @@
+"""tempo-engine: train, eval, recipes. Imports torch only inside the commands, so that --help is quick."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="tempo-engine",
+    help="Test-time training of reasoning models: TEMPO's EM loop and its baselines.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable, the last wins.")]
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
+    settings: Settings = None,
+    resume: Annotated[str | None, typer.Option(metavar="[auto|PATH]", help="Go on with a run: its folder, or auto for --run-dir (a new run if there is none).")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD-seedN.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and resolve the recipe, build its parts, print it, stop.")] = False,
+) -> None:
+    """Run a recipe from cold start to exported models."""
+    from tempo_em.commands import train_command
+
+    raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, dry_run))
+
+
+@app.command(name="eval")
+def evaluate(
+    run_or_model: Annotated[Path, typer.Argument(help="A run folder, or a Hugging Face model directory.")],
+    recipe: Annotated[str | None, typer.Option(help="Recipe with the evaluation sets; default: the run's own.")] = None,
+    settings: Settings = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the metrics to this file.")] = None,
+) -> None:
+    """Evaluate a finished run's policy and critic, or any model, on a recipe's evaluation sets."""
+    from tempo_em.commands import eval_command
+
+    raise typer.Exit(eval_command(run_or_model, recipe, settings or [], json_file))
+
+
+@app.command()
+def recipes(
+    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Write this recipe to NAME.yaml here, to edit.")] = None,
+) -> None:
+    """List the packaged recipes and methods."""
+    from tempo_em.commands import recipes_command
+
+    raise typer.Exit(recipes_command(copy))
+
+
+def main() -> None:
+    """Entry point: `--resume` may stand without a value; mistakes of the user end in one sentence and exit code 2."""
+    arguments = sys.argv[1:]
+    for i, argument in enumerate(arguments):
+        if argument == "--resume" and (i + 1 == len(arguments) or arguments[i + 1].startswith("-")):
+            arguments[i] = "--resume=auto"
+    app(arguments)

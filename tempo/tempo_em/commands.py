@@ -1,0 +1,140 @@
+"""What the commands do, and how their endings become exit codes: 0 done, 2 the user can mend it, 130/143 interrupted."""
+
+import functools
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec
+
+# Before transformers is imported: it must not look for a hub, nor print about optional image packages.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from rich.console import Console
+from tempo_engine.errors import UserError
+
+from tempo_em.build import build
+from tempo_em.console import evaluation_line, make_display, summary_table
+from tempo_em.loading import ResolvedRecipe, load_recipe, packaged_recipes
+from tempo_em.presets import PRESETS
+from tempo_em.train import Interrupted, Training
+
+P = ParamSpec("P")
+
+
+def _exit_codes(command: Callable[P, None]) -> Callable[P, int]:
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
+        warnings.filterwarnings("ignore", module="transformers")
+        logging.getLogger("transformers").setLevel(logging.ERROR)
+        try:
+            command(*args, **kwargs)
+        except UserError as error:
+            print(f"tempo-engine: {error}", file=sys.stderr)
+            return 2
+        except Interrupted as interrupted:
+            print(f"tempo-engine: {interrupted}", file=sys.stderr)
+            return interrupted.code
+        return 0
+
+    return wrapped
+
+
+@_exit_codes
+def train_command(recipe: str, settings: list[str], resume: str | None, run_dir: Path | None, dry_run: bool) -> None:
+    resolved = load_recipe(recipe, settings)
+    if dry_run:
+        _dry_run(resolved)
+        return
+    if resume not in (None, "auto"):
+        if run_dir is not None and run_dir != Path(resume):
+            raise UserError(f"--resume {resume} and --run-dir {run_dir} name two folders; give one")
+        run_dir = Path(resume)
+    r = resolved.recipe
+    run_dir = run_dir or Path("runs") / f"{resolved.name}-{r.method}-seed{r.seed}"
+    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
+    if resume not in (None, "auto") and not has_checkpoint:
+        raise UserError(f"--resume {resume}: that folder holds no checkpoint")
+    training = Training(resolved, run_dir, make_display(), resume=resume is not None and has_checkpoint)
+    summary = training.run()
+    console = Console()
+    console.print(summary_table(summary["stages"]))
+    console.print(f"curves, summary, samples and models are in {run_dir}", soft_wrap=True)
+
+
+def _dry_run(resolved: ResolvedRecipe) -> None:
+    parts = build(resolved.recipe)
+    loop = parts.loop
+    print(resolved.to_yaml(), end="")
+    sizes = [f"{len(loop.labelled.items)} labelled", f"{len(loop.unlabelled.items)} unlabelled"]
+    sizes += [f"{len(s.items)} {s.name} (evaluation)" for s in parts.evaluation_sets]
+    parameters = sum(p.numel() for _, p in loop.policy.parameters())
+    labelled, unlabelled = resolved.recipe.groups(resolved.recipe.em.labelled_share)
+    print(f"# prompts: {', '.join(sizes)}")
+    print(f"# policy: {type(loop.policy.model).__name__}, {parameters:,} parameters on {loop.policy.device}; critic: "
+          f"{resolved.recipe.critic.backbone if loop.critic else 'none'}")  # fmt: skip
+    print(f"# an iteration samples {labelled} labelled and {unlabelled} unlabelled prompts; nothing was written")
+
+
+@_exit_codes
+def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], json_file: Path | None) -> None:
+    from tempo_engine.checkpoint import load_critic
+    from tempo_engine.evaluate import evaluate
+
+    is_run = (run_or_model / "recipe.yaml").is_file()
+    if not is_run and not (run_or_model / "config.json").is_file():
+        raise UserError(f"{run_or_model} is neither a run folder (recipe.yaml) nor a model directory (config.json)")
+    model_dir = run_or_model / "policy" if is_run else run_or_model
+    if is_run and not model_dir.is_dir():
+        raise UserError(f"{run_or_model} has no exported policy: the run is not finished; go on with it by --resume")
+    if recipe is None and not is_run:
+        raise UserError("evaluating a model directory needs --recipe: it says on which questions")
+    resolved = load_recipe(
+        recipe or str(run_or_model / "recipe.yaml"),
+        [*settings, f"model.path={model_dir.resolve()}", "model.create=null", "cold_start.steps=0"],
+    )
+    parts = build(resolved.recipe)
+    loop, critic = parts.loop, None
+    if is_run and loop.critic and (run_or_model / "critic").is_dir():
+        critic = loop.critic
+        trunk, weight, bias = load_critic(run_or_model / "critic")
+        if critic.backbone == "separate":
+            critic.trunk.load_state_dict(trunk.state_dict())
+        critic.weight.data.copy_(weight)
+        critic.bias.data.copy_(bias)
+    results: dict[str, dict[str, Any]] = {}
+    for evaluation_set in parts.evaluation_sets:
+        results[evaluation_set.name], _ = evaluate(
+            loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
+            num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
+            key="evaluation/eval",
+        )  # fmt: skip
+        print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
+    Console().print(summary_table({"now": results}))
+    if json_file:
+        json_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+
+@_exit_codes
+def recipes_command(copy: str | None) -> None:
+    packaged = packaged_recipes()
+    if copy is None:
+        print("recipes:")
+        for name, text in packaged.items():
+            print(f"  {name:14} {text.splitlines()[0].lstrip('# ')}")
+        print("methods (method: NAME in a recipe, or --set method=NAME):")
+        for name, (description, _) in PRESETS.items():
+            print(f"  {name:14} {description}")
+        return
+    if copy not in packaged:
+        raise UserError(f"there is no packaged recipe {copy!r}; recipes: {', '.join(packaged)}")
+    target = Path(f"{copy}.yaml")
+    if target.exists():
+        raise UserError(f"{target} exists already; move it away first")
+    target.write_text(packaged[copy], encoding="utf-8")
+    print(f"wrote {target}; run it with: tempo-engine train {target}")

@@ -1,0 +1,187 @@
+"""Recipe file + preset + `--set` -> Recipe, with the origin of every value and errors that name the place and the choices."""
+
+import difflib
+import types
+import typing
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+from tempo_engine.errors import UserError
+
+from tempo_em.presets import PRESETS
+from tempo_em.recipe import Recipe, Strict
+
+
+@dataclass(frozen=True)
+class ResolvedRecipe:
+    """A recipe and, for each dotted path, which layer its value came from: default, preset, file or --set."""
+
+    name: str
+    recipe: Recipe
+    origin: dict[str, str]
+
+    def to_yaml(self) -> str:
+        """The whole recipe with the origin of each value as a comment; a valid recipe again."""
+        return "\n".join(_annotated(self.recipe.model_dump(mode="json"), self.origin, "", 0)) + "\n"
+
+
+def packaged_recipes() -> dict[str, str]:
+    """Name -> text of the recipes that ship with the package."""
+    folder = resources.files("tempo_em") / "recipes"
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found}
+
+
+def load_recipe(where: str, settings: list[str]) -> ResolvedRecipe:
+    """The recipe at a path, or the packaged one of that name, with `a.b=c` settings on top.
+
+    Raises UserError with one sentence for anything wrong in it.
+    """
+    packaged = packaged_recipes()
+    path = Path(where)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise UserError(f"the recipe {where} does not exist")
+        name, text, base = path.stem, path.read_text(encoding="utf-8"), path.parent
+    elif where in packaged:
+        name, text, base = where, packaged[where], Path()
+    else:
+        raise UserError(f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}")
+    try:
+        from_file = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(from_file, dict):
+        raise UserError(f"{where} must hold keys and values (model:, data:, ...), got {type(from_file).__name__}")
+    return resolve(name, from_file, [parse_setting(s) for s in settings], base)
+
+
+def resolve(name: str, from_file: dict[str, Any], settings: list[tuple[str, Any]], base: Path = Path()) -> ResolvedRecipe:
+    """Lay preset, file and settings over the defaults. Relative paths in the file are relative to `base`."""
+    origin: dict[str, str] = {}
+    method = dict(settings).get("method", from_file.get("method", Recipe.model_fields["method"].default))
+    if method not in PRESETS:
+        raise UserError(f"method {method!r} is not known{_closest(str(method), PRESETS)}; methods: {', '.join(PRESETS)}")
+    merged: dict[str, Any] = {}
+    _lay(merged, PRESETS[method][1], f"preset {method}", origin)
+    _lay(merged, from_file, "file", origin)
+    for path, value in settings:
+        nested: Any = value
+        for key in reversed(path.split(".")):
+            nested = {key: nested}
+        _lay(merged, nested, "--set", origin)
+    try:
+        recipe = Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise UserError(_explain(error.errors()[0])) from error
+    return ResolvedRecipe(name, _relative_to(recipe, base), origin)
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`a.b=c` -> ("a.b", value typed as YAML would type it, 1e-6 included). Raises UserError without `=`."""
+    path, equals, text = setting.partition("=")
+    if not equals or not all(path.split(".")):
+        raise UserError(f"--set wants a.b=value, got {setting!r}")
+    try:
+        return path.strip().replace("-", "_"), yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
+
+
+def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[str, str], prefix: str = "") -> None:
+    """Merge `over` into `under`, remembering the source of each leaf. A source of prompts is replaced whole by another kind."""
+    for key, value in over.items():
+        path = f"{prefix}{key}"
+        old = under.get(key)
+        changes_kind = isinstance(value, dict) and isinstance(old, dict) and ("jsonl" in value) != ("jsonl" in old) and prefix == "data."
+        if isinstance(value, dict) and isinstance(old, dict) and not changes_kind:
+            _lay(old, value, source, origin, f"{path}.")
+        elif isinstance(value, dict):
+            under[key] = {}
+            _lay(under[key], value, source, origin, f"{path}.")
+        else:
+            under[key] = value
+            origin[path] = source
+
+
+def _relative_to(recipe: Recipe, base: Path) -> Recipe:
+    """Paths in a recipe file are meant from where the file lies, so a recipe can be run from anywhere."""
+
+    def fix(model: Strict) -> Strict:
+        changes = {}
+        for field in type(model).model_fields:
+            value = getattr(model, field)
+            if isinstance(value, Path) and not value.is_absolute():
+                changes[field] = base / value
+            elif isinstance(value, Strict):
+                changes[field] = fix(value)
+            elif isinstance(value, dict) and any(isinstance(v, Strict) for v in value.values()):
+                changes[field] = {k: fix(v) for k, v in value.items()}
+        return model.model_copy(update=changes)
+
+    fixed = fix(recipe)
+    assert isinstance(fixed, Recipe)
+    return fixed
+
+
+def _explain(error: ErrorDetails) -> str:
+    """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
+    tags = {"signs", "sums", "jsonl"}
+    loc = [str(part) for part in error["loc"]]
+    # pydantic puts the union's tag into the location after the source's name; the user never wrote it.
+    loc = [part for i, part in enumerate(loc) if not (part in tags and i >= 2 and loc[0] == "data")]
+    path = ".".join(loc)
+    if error["type"] == "extra_forbidden":
+        choices = _fields_at([str(part) for part in error["loc"][:-1]])
+        parent = ".".join(loc[:-1])
+        return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
+    if error["type"] == "union_tag_invalid":
+        return f"{path}: the generator is not known; generators: signs, sums (or give jsonl: FILE)"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "missing":
+        return f"{path} is missing; the recipe needs it"
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if path else message
+    return f"{path}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _fields_at(loc: list[str]) -> list[str]:
+    """Names of the options at a location of the recipe, following models, unions (by tag) and dictionaries."""
+    annotation: Any = Recipe
+    for part in loc:
+        models = _models_in(annotation)
+        by_tag = [m for m in models if m.__name__.lower().removesuffix("source") == part]
+        if by_tag:
+            annotation = by_tag[0]
+            continue
+        fields = {k: f for m in models for k, f in m.model_fields.items()}
+        annotation = fields[part].annotation if part in fields else annotation
+    return [name for model in _models_in(annotation)[:1] for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+
+
+def _closest(word: str, choices: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _annotated(value: Any, origin: dict[str, str], path: str, depth: int) -> list[str]:
+    lines = []
+    for key, item in value.items():
+        here = f"{path}.{key}".lstrip(".")
+        if isinstance(item, dict) and item and not any(p == here for p in origin):
+            lines += ["  " * depth + f"{key}:", *_annotated(item, origin, here, depth + 1)]
+        else:
+            flow = yaml.safe_dump(item, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            lines.append("  " * depth + f"{key}: {flow}  # {origin.get(here, 'default')}")
+    return lines

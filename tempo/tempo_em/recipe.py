@@ -1,0 +1,310 @@
+"""recipe.yaml as strict models. Every field says what it does; every value knows where it came from.
+
+Values come in four layers, later ones winning: defaults here, the method's preset, the recipe file, `--set a.b=c`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class ModelRecipe(Strict):
+    """The policy: a Hugging Face directory, or a config to create a fresh model from."""
+
+    path: Path | None = Field(None, description="Hugging Face directory with safetensors weights")
+    create: dict[str, Any] | None = Field(None, description="transformers config with model_type, for a fresh model")
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+
+    @model_validator(mode="after")
+    def one_origin(self) -> "ModelRecipe":
+        if (self.path is None) == (self.create is None):
+            raise ValueError("give either path (a model directory) or create (a config for a fresh model)")
+        if self.create is not None and not isinstance(self.create.get("model_type"), str):
+            raise ValueError("create needs model_type, for example llama or qwen3")
+        return self
+
+
+class OptimRecipe(Strict):
+    """AdamW and its learning-rate schedule."""
+
+    lr: float = Field(1e-6, ge=0)
+    warmup_steps: Count = 0
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+
+
+class CriticRecipe(Strict):
+    """The token-level value function."""
+
+    backbone: Literal["separate", "shared"] = Field(
+        "separate", description="a network of its own, or a value head on the policy's trunk"
+    )
+    head: Literal["linear", "sigmoid"] = "linear"
+    loss: Literal["mse", "bce"] = "mse"
+    target: Literal["zero_one", "plus_minus_one"] = Field("zero_one", description="what wrong and right regress on")
+
+    @model_validator(mode="after")
+    def head_fits(self) -> "CriticRecipe":
+        if self.loss == "bce" and self.head != "sigmoid":
+            raise ValueError("loss bce wants head sigmoid: a linear head's value is not a probability")
+        if self.head == "sigmoid" and self.target != "zero_one":
+            raise ValueError("head sigmoid lies in [0, 1]; use target zero_one")
+        return self
+
+    @property
+    def target_range(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.target == "zero_one" else (-1.0, 1.0)
+
+
+class SignsSource(Strict):
+    """Generated: signs to target (see tempo_engine.tasks.signs)."""
+
+    generator: Literal["signs"]
+    count: Positive
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field((4,), min_length=1)
+    largest: int = Field(6, ge=1, le=99)
+    unique: bool = Field(False, description="only questions with exactly one right answer")
+
+
+class SumsSource(Strict):
+    """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
+
+    generator: Literal["sums"]
+    count: Positive
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field((3,), min_length=1)
+    largest: int = Field(9, ge=1, le=999)
+
+
+class JsonlSource(Strict):
+    """A JSONL file: one object a line."""
+
+    jsonl: Path
+    prompt: str = Field("prompt", description="column with the prompt: text or chat messages")
+    answer: str | None = Field("answer", description="column with the answer, or null when there is none")
+    extract: Literal["boxed", "answer_line", "whole"] = Field("boxed", description="where a response states its answer")
+    limit: Positive | None = Field(None, description="read at most this many questions")
+
+
+def _source_tag(value: Any) -> str:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "jsonl" if "jsonl" in fields else str(fields.get("generator", "jsonl"))
+
+
+Source = Annotated[
+    Annotated[SignsSource, Tag("signs")] | Annotated[SumsSource, Tag("sums")] | Annotated[JsonlSource, Tag("jsonl")],
+    Discriminator(_source_tag),
+]
+
+
+class DataRecipe(Strict):
+    """Three kinds of prompts. Answers of `unlabelled`, where they exist, are used for audit metrics only."""
+
+    labelled: Source
+    unlabelled: Source
+    evaluation: dict[str, Source] = Field({}, description="further sets by name, for example labelled_heldout")
+
+    @model_validator(mode="after")
+    def names(self) -> "DataRecipe":
+        if "unlabelled" in self.evaluation:
+            raise ValueError("evaluation.unlabelled is reserved for the audit of data.unlabelled; choose another name")
+        return self
+
+
+class RolloutRecipe(Strict):
+    """Sampling."""
+
+    temperature: float = Field(1.0, gt=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    top_k: Count = Field(0, description="0: off")
+    max_prompt_tokens: Positive = 2048
+    max_new_tokens: Positive = 1024
+    max_running: Positive = Field(512, description="sequences that decode at a time")
+
+
+class ColdStartRecipe(Strict):
+    """Supervised steps on worked responses written by the labelled generator. 0 steps: none."""
+
+    steps: Count = 0
+    batch_size: Positive = 128
+    mix: dict[str, Probability] = Field({"right": 1.0}, description="share of each kind of trace")
+    optim: OptimRecipe = OptimRecipe(lr=1e-3, schedule="linear")
+
+    @model_validator(mode="after")
+    def whole(self) -> "ColdStartRecipe":
+        if abs(sum(self.mix.values()) - 1) > 1e-6:
+            raise ValueError(f"the shares of mix must add up to 1, they add up to {sum(self.mix.values()):g}")
+        return self
+
+
+class InitialisationRecipe(Strict):
+    """Stages on labelled prompts before the EM loop."""
+
+    critic_warmup: Count = Field(0, description="iterations that fit the critic only")
+    rlvr: Count = Field(0, description="iterations of PPO with the token critic and the label as outcome")
+
+
+class EMRecipe(Strict):
+    """The schedule of the EM loop."""
+
+    iterations: Count = 100
+    rollouts: Positive = Field(512, description="responses sampled an iteration, labelled and unlabelled together")
+    labelled_share: Probability = Field(0.5, description="share of the rollouts on labelled prompts")
+    group_size: Positive = Field(8, description="responses to an unlabelled prompt")
+    labelled_group_size: Positive = Field(2, description="responses to a labelled prompt")
+    posterior: Literal["label", "critic", "majority_vote", "cluster_frequency", "random"] = Field(
+        "critic", description="who says how good an unlabelled response is"
+    )
+    train_policy_on_labelled: bool = Field(True, description="labelled rows join the M-step with the label as outcome")
+    order: Literal["e_then_m", "lagged"] = Field("e_then_m", description="recalibrate before or after values are read")
+    terminal: Literal["after_last_token", "last_prefix"] = "after_last_token"
+
+
+class EStepRecipe(Strict):
+    """Critic recalibration."""
+
+    every: Count = Field(1, description="recalibrate every so many iterations; 0: never")
+    epochs: Positive = 4
+    minibatches: Positive = 2
+    filter: Literal["none", "zero_variance"] = Field("none", description="labelled groups the E- and M-step leave out")
+    clip: Literal["none", "token", "sequence_mean"] = "none"
+    clip_range: float = Field(0.1, gt=0)
+    optim: OptimRecipe = OptimRecipe()
+
+
+class MStepRecipe(Strict):
+    """Policy refinement."""
+
+    loss: Literal["gspo", "ppo", "reinforce"] = "gspo"
+    clip_low: float = Field(3e-4, ge=0, lt=1)
+    clip_high: float = Field(5e-4, ge=0)
+    dual_clip: float | None = Field(None, gt=1)
+    aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    entropy_coef: float = 0.0
+    baseline: Literal["critic_prefix", "group_mean", "none"] = "critic_prefix"
+    normalise: Literal["whiten", "whiten_per_population", "scale_per_population", "group_std", "none"] = (
+        "whiten_per_population"
+    )
+    epochs: Positive = 1
+    minibatches: Positive = 2
+    old_logprob: Literal["trainer", "sampler"] = Field(
+        "trainer", description="denominator of the ratio: recomputed, or the sampler's own"
+    )
+    optim: OptimRecipe = OptimRecipe()
+
+
+class EvaluationRecipe(Strict):
+    """When and how much to evaluate. The EM loop's start and end always are."""
+
+    every: Count = Field(20, description="iterations between evaluations; 0: only start and end")
+    samples: Positive = 16
+
+
+class CheckpointRecipe(Strict):
+    every: Count = Field(20, description="iterations between checkpoints; 0: only at the end of a stage")
+    keep: Positive = 2
+    export: bool = Field(True, description="export policy and critic in Hugging Face format at the end")
+
+
+class Recipe(Strict):
+    """A whole run."""
+
+    method: str = "tempo"
+    seed: Count = 0
+    threads: Count = Field(0, description="CPU threads; 0: leave torch's choice")
+    micro_batch_tokens: Positive = Field(16384, description="tokens, padding included, of one forward and backward pass")
+    model: ModelRecipe
+    critic: CriticRecipe = CriticRecipe()
+    data: DataRecipe
+    rollout: RolloutRecipe = RolloutRecipe()
+    cold_start: ColdStartRecipe = ColdStartRecipe()
+    initialisation: InitialisationRecipe = InitialisationRecipe()
+    em: EMRecipe = EMRecipe()
+    estep: EStepRecipe = EStepRecipe()
+    mstep: MStepRecipe = MStepRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+
+    @property
+    def em_uses_critic(self) -> bool:
+        return self.em.posterior == "critic" or self.mstep.baseline == "critic_prefix"
+
+    @property
+    def uses_critic(self) -> bool:
+        """Whether the run needs a critic at all; the voting methods do not, which halves their memory."""
+        return self.em_uses_critic or self.initialisation.critic_warmup > 0 or self.initialisation.rlvr > 0
+
+    def groups(self, labelled_share: float) -> tuple[int, int]:
+        """Labelled and unlabelled prompts of one iteration."""
+        labelled = round(self.em.rollouts * labelled_share)
+        return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.group_size
+
+    @model_validator(mode="after")
+    def consistent(self) -> "Recipe":
+        em, labelled = self.em, self.groups(self.em.labelled_share)[0]
+        for contradicts, reason in (
+            (
+                self.estep.every > 0 and not self.em_uses_critic,
+                f"estep.every is {self.estep.every}, but with posterior {em.posterior} and baseline {self.mstep.baseline} "
+                "nothing reads a critic; set estep.every to 0",
+            ),
+            (
+                self.estep.every > 0 and labelled == 0,
+                f"estep.every is {self.estep.every}, but em.labelled_share {em.labelled_share} leaves no labelled prompts "
+                "to recalibrate on; raise the share or set estep.every to 0",
+            ),
+            (
+                em.posterior == "label" and em.labelled_share < 1,
+                "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1",
+            ),
+            (
+                em.labelled_share == 1 and not em.train_policy_on_labelled,
+                "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained",
+            ),
+            (
+                (self.mstep.normalise == "group_std" or self.mstep.baseline == "group_mean")
+                and em.labelled_share < 1 and em.group_size == 1,
+                "a group mean or deviation of one response says nothing; raise em.group_size or choose another baseline",
+            ),
+            (
+                self.mstep.normalise == "group_std" and self.mstep.baseline != "group_mean",
+                "normalise group_std belongs to baseline group_mean",
+            ),
+            (
+                em.terminal == "last_prefix" and em.posterior != "critic",
+                f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}",
+            ),
+            (
+                self.mstep.old_logprob == "sampler" and (self.rollout.top_p < 1 or self.rollout.top_k > 0),
+                "with top_p or top_k the sampler's log-probs are those of a truncated distribution; "
+                "set mstep.old_logprob to trainer",
+            ),
+            (
+                self.initialisation.rlvr > 0 and self.initialisation.critic_warmup == 0 and self.estep.every == 0
+                and self.em_uses_critic,
+                "the critic would be used but never fitted; set initialisation.critic_warmup or estep.every",
+            ),
+            (
+                self.em_uses_critic and self.estep.every == 0 and self.initialisation.critic_warmup == 0
+                and self.initialisation.rlvr == 0 and em.iterations > 0,
+                "the critic would be used but never fitted; set initialisation.critic_warmup or estep.every",
+            ),
+            (
+                em.iterations > 0 and sum(self.groups(em.labelled_share)) == 0,
+                f"em.rollouts is {em.rollouts}, less than one group; raise it",
+            ),
+        ):  # fmt: skip
+            if contradicts:
+                raise ValueError(reason)
+        return self

@@ -1,0 +1,258 @@
+"""The EM loop. One iteration reads as the paper's Algorithm 1 (arXiv 2604.19295); every method is a setting of its switches."""
+
+# Shape letters: T = packed response tokens, S = sequences
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from tempo_engine.cursor import Cursor
+from tempo_engine.metrics import auroc
+from tempo_engine.model import Critic, Policy
+from tempo_engine.optim import Optimizer
+from tempo_engine.packing import PackedBatch, pack
+from tempo_engine.rollout import Labelled, Prompt, Rollout, Sampler
+from tempo_engine.tasks.answers import Extract, score
+from tempo_engine.tracking import Clock
+from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy, token_logprobs
+from tempo_kernels import advantage, group_advantage, split_values, whiten
+from tempo_kernels.segments import segment_ids
+from torch import Tensor
+
+from tempo_em import posteriors
+from tempo_em.recipe import Recipe
+
+# Refilling after filtered groups stops here: a labelled set without signal must not hang the run.
+MAX_REFILLS = 10
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of iterations with the same switches: critic warm-up, RLVR initialisation and the EM loop are all this."""
+
+    name: str
+    iterations: int
+    labelled_share: float
+    posterior: str
+    improves_policy: bool
+    trains_on_labelled: bool
+    recalibrates_every: int
+
+
+@dataclass
+class EMLoop:
+    """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak."""
+
+    recipe: Recipe
+    policy: Policy
+    critic: Critic | None
+    sampler: Sampler
+    labelled: Cursor[Labelled]
+    unlabelled: Cursor[Prompt]
+    extract_labelled: Extract
+    extract_unlabelled: Extract
+    policy_optimizer: Optimizer
+    critic_optimizer: Optimizer | None
+    clock: Clock
+
+    def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
+        """One EM iteration: sample, recalibrate the critic (E), refine the policy (M), hand the new weights to the sampler."""
+        key = f"{stage.name}/{iteration}"
+        recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
+        with self.clock.time("rollout"):
+            labelled, reward_S = self.sample_labelled(stage, key)
+            unlabelled = self.sample_unlabelled(stage, key)
+        metrics = rollout_metrics(labelled, reward_S, unlabelled)
+        if recalibrates and self.recipe.em.order == "e_then_m":
+            metrics |= self.e_step(labelled, reward_S, key)
+        if stage.improves_policy:
+            metrics |= self.m_step(stage, labelled, reward_S, unlabelled, key)
+            self.sampler.load(self.policy)
+        if recalibrates and self.recipe.em.order == "lagged":
+            metrics |= self.e_step(labelled, reward_S, key)
+        return metrics
+
+    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], Tensor]:
+        """Fresh responses to labelled prompts and their verified rewards in {0, 1}, [S]; without signal-free groups if asked to."""
+        num_groups, group_size = self.recipe.groups(stage.labelled_share)[0], self.recipe.em.labelled_group_size
+        rollouts: list[Rollout] = []
+        rewards: list[float] = []
+        for refill in range(MAX_REFILLS if num_groups else 0):
+            items = self.labelled.next(num_groups)
+            fresh = self.sampler.sample([item.prompt for item in items], group_size, key=f"{key}/labelled/{refill}")
+            answers = [item.answers for item in items for _ in range(group_size)]
+            for start in range(0, len(fresh), group_size):
+                group = slice(start, start + group_size)
+                group_rewards = [
+                    score(self.extract_labelled, r.text, a) for r, a in zip(fresh[group], answers[group], strict=True)
+                ]
+                if self.recipe.estep.filter == "none" or len(set(group_rewards)) > 1:
+                    rollouts += fresh[group]
+                    rewards += group_rewards
+            if len(rollouts) >= num_groups * group_size:
+                break
+        wanted = num_groups * group_size
+        return rollouts[:wanted], torch.tensor(rewards[:wanted])
+
+    def sample_unlabelled(self, stage: Stage, key: str) -> list[Rollout]:
+        num_groups = self.recipe.groups(stage.labelled_share)[1]
+        prompts = self.unlabelled.next(num_groups)
+        return self.sampler.sample(prompts, self.recipe.em.group_size, key=f"{key}/unlabelled") if prompts else []
+
+    def e_step(self, labelled: list[Rollout], reward_S: Tensor, key: str) -> dict[str, float]:
+        """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
+        if self.critic is None or self.critic_optimizer is None or not labelled:
+            return {}
+        how = self.recipe.estep
+        with self.clock.time("e_step"):
+            batch = pack(labelled, self.policy.device)
+            _, terminal_S = split_values(self.values(batch), batch.cu_responses_S1)
+            metrics = fit_critic(
+                self.critic,
+                self.critic_optimizer,
+                batch,
+                self.to_target(reward_S),
+                CriticUpdate(
+                    epochs=how.epochs,
+                    minibatches=how.minibatches,
+                    micro_batch_tokens=self.recipe.micro_batch_tokens,
+                    loss=self.recipe.critic.loss,
+                    clip=how.clip,
+                    clip_range=how.clip_range,
+                ),
+                seed=self.seed(key, "critic"),
+            )
+        trained = how.epochs * int(batch.cu_responses_S1[-1])
+        # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
+        return metrics | {
+            "critic/auroc_fresh": auroc(terminal_S.cpu().numpy(), reward_S.numpy()),
+            "tokens/trained_critic": trained,
+        }
+
+    def m_step(
+        self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, unlabelled: list[Rollout], key: str
+    ) -> dict[str, float]:
+        """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome on unlabelled rows, the label on labelled ones."""
+        how = self.recipe.mstep
+        labelled = labelled if stage.trains_on_labelled else []
+        if not labelled and not unlabelled:
+            return {}
+        with self.clock.time("values"):
+            batch = pack([*unlabelled, *labelled], self.policy.device)
+            value_TS = self.values(batch) if self.critic is not None and self.recipe.em_uses_critic else None
+        outcome_S = torch.cat([
+            self.posterior(stage, unlabelled, value_TS, batch, key),
+            self.to_target(reward_S) if labelled else torch.empty(0),
+        ]).to(self.policy.device)  # fmt: skip
+        group_S = torch.cat([
+            torch.arange(len(unlabelled)) // self.recipe.em.group_size,
+            (len(unlabelled) + torch.arange(len(labelled))) // self.recipe.em.labelled_group_size,
+        ]).unique(return_inverse=True)[1].to(self.policy.device)  # fmt: skip
+        is_labelled_S = torch.arange(len(batch), device=self.policy.device) >= len(unlabelled)
+        advantage_T, metrics = advantages(self.recipe, outcome_S, value_TS, batch, group_S, is_labelled_S)
+        with self.clock.time("m_step"):
+            old_logprob_T = batch.sampler_logprob_T
+            if how.old_logprob == "trainer":
+                old_logprob_T = token_logprobs(self.policy, batch, self.recipe.micro_batch_tokens)
+                metrics["rollout/logprob_diff_max"] = float((old_logprob_T - batch.sampler_logprob_T).abs().max())
+            metrics |= improve_policy(
+                self.policy,
+                self.policy_optimizer,
+                batch,
+                advantage_T,
+                PolicyUpdate(
+                    loss=how.loss,
+                    epochs=how.epochs,
+                    minibatches=how.minibatches,
+                    micro_batch_tokens=self.recipe.micro_batch_tokens,
+                    clip_low=how.clip_low,
+                    clip_high=how.clip_high,
+                    dual_clip=how.dual_clip,
+                    aggregate=how.aggregate,
+                    entropy_coef=how.entropy_coef,
+                ),
+                old_logprob_T=old_logprob_T,
+                seed=self.seed(key, "policy"),
+            )
+        return metrics | {"tokens/trained_policy": how.epochs * int(batch.cu_responses_S1[-1])}
+
+    def posterior(
+        self, stage: Stage, unlabelled: list[Rollout], value_TS: Tensor | None, batch: PackedBatch, key: str
+    ) -> Tensor:
+        """Outcome of each unlabelled response, [S]; these are the first rows of `batch`."""
+        if not unlabelled:
+            return torch.empty(0)
+        if stage.posterior == "critic":
+            assert value_TS is not None, "posterior critic without a critic"
+            baseline_T, terminal_S = split_values(value_TS, batch.cu_responses_S1)
+            if self.recipe.em.terminal == "last_prefix":
+                terminal_S = baseline_T[batch.cu_responses_S1[1:] - 1]
+            return posteriors.critic(terminal_S[: len(unlabelled)], self.recipe.critic.target_range).cpu()
+        if stage.posterior == "random":
+            return posteriors.coin_flip(len(unlabelled), f"{self.recipe.seed}/{key}")
+        size = self.recipe.em.group_size
+        texts = [self.extract_unlabelled(r.text) for r in unlabelled]
+        answers = [texts[i : i + size] for i in range(0, len(texts), size)]
+        return {"majority_vote": posteriors.majority_vote, "cluster_frequency": posteriors.cluster_frequency}[
+            stage.posterior
+        ](answers)
+
+    def values(self, batch: PackedBatch) -> Tensor:
+        assert self.critic is not None
+        return self.critic.values(batch, self.recipe.micro_batch_tokens)
+
+    def to_target(self, reward_S: Tensor) -> Tensor:
+        """Rewards in {0, 1} on the scale the critic regresses on."""
+        low, high = self.recipe.critic.target_range
+        return (low + (high - low) * reward_S).to(self.policy.device)
+
+    def seed(self, *names: Any) -> int:
+        """A seed of its own for every occasion, so nothing depends on what was drawn before."""
+        text = "/".join(map(str, (self.recipe.seed, *names)))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+
+
+def advantages(
+    recipe: Recipe,
+    outcome_S: Tensor,
+    value_TS: Tensor | None,
+    batch: PackedBatch,
+    group_S: Tensor,
+    is_labelled_S: Tensor,
+) -> tuple[Tensor, dict[str, float]]:
+    """Outcome against baseline, then normalised, [T] float32; with their statistics from before the normalisation."""
+    how = recipe.mstep
+    sequence_T = segment_ids(batch.cu_responses_S1)
+    if how.baseline == "critic_prefix":
+        assert value_TS is not None, "baseline critic_prefix without a critic"
+        advantage_T = advantage(outcome_S, value_TS, batch.cu_responses_S1)
+    elif how.baseline == "group_mean":
+        advantage_T = group_advantage(outcome_S, group_S, divide_by_std=how.normalise == "group_std")[sequence_T]
+    else:
+        advantage_T = outcome_S.float()[sequence_T]
+    metrics = {
+        "critic/rewards/mean": float(outcome_S.mean()),
+        "critic/advantages/mean": float(advantage_T.mean()),
+        "critic/advantages/std": float(advantage_T.std()) if len(advantage_T) > 1 else 0.0,
+    }
+    if how.normalise in ("whiten", "whiten_per_population", "scale_per_population"):
+        population_T = is_labelled_S[sequence_T].long() * (how.normalise != "whiten")
+        advantage_T = whiten(advantage_T, population_T, center=how.normalise != "scale_per_population")
+    return advantage_T, metrics
+
+
+def rollout_metrics(labelled: Sequence[Rollout], reward_S: Tensor, unlabelled: Sequence[Rollout]) -> dict[str, float]:
+    """What was sampled: lengths, truncation, and the accuracy on labelled prompts, whose fall is the first alarm."""
+    rollouts = [*labelled, *unlabelled]
+    lengths = [len(r.response_ids) for r in rollouts]
+    metrics = {
+        "response_length/mean": float(np.mean(lengths)),
+        "response_length/max": float(max(lengths)),
+        "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
+        "rollout/labelled_share": len(labelled) / len(rollouts),
+        "tokens/generated": float(sum(lengths)),
+        "rollout/version": float(rollouts[0].version),
+    }
+    return metrics | ({"critic/score/mean": float(reward_S.mean())} if labelled else {})

@@ -1,0 +1,272 @@
+"""A run from its first to its last iteration: stages, evaluations, checkpoints, the run folder. Resumable at every iteration."""
+
+import json
+import platform
+import signal
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tempo_engine import checkpoint
+from tempo_engine.errors import UserError
+from tempo_engine.evaluate import evaluate
+from tempo_engine.tracking import MetricsFile
+
+from tempo_em.build import Parts, build
+from tempo_em.console import Display, evaluation_line
+from tempo_em.loading import ResolvedRecipe
+from tempo_em.plot import plot_run
+from tempo_em.schedule import Stage
+
+# Settings that change neither weights nor data: a resumed run may differ in them.
+RESUME_MAY_CHANGE = ("checkpoint.", "evaluation.", "threads")
+
+
+class Interrupted(Exception):
+    """A signal arrived; everything is saved. `code` is the exit code, 128 + the signal's number."""
+
+    def __init__(self, number: int, run_dir: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; go on with --resume {run_dir}")
+        self.code = 128 + number
+
+
+class Training:
+    """One run in its folder.
+
+    The position is (stage, iteration); together with weights, optimisers and cursors it determines everything that follows, because
+    every random draw has a seed of its own occasion.
+    """
+
+    def __init__(self, resolved: ResolvedRecipe, run_dir: Path, display: Display, *, resume: bool) -> None:
+        self.resolved, self.recipe = resolved, resolved.recipe
+        self.run_dir, self.display = run_dir, display
+        checkpoints = run_dir / "checkpoints"
+        saved = checkpoint.load_newest(checkpoints, display.note) if resume else None
+        if resume:
+            _check_same_recipe(self.recipe.model_dump(mode="json"), run_dir)
+        elif run_dir.exists() and any(run_dir.iterdir()):
+            raise UserError(f"the run folder {run_dir} is not empty; add --resume to go on with it, or choose another --run-dir")
+        self.parts: Parts = build(self.recipe)
+        self.loop = self.parts.loop
+        self.stage, self.iteration, self.step = 0, 0, 0
+        self.evaluations: dict[str, dict[str, dict[str, float]]] = {}
+        self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
+        self.earlier_seconds: dict[str, float] = {}
+        self.metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self.interrupt: int | None = None
+        self._samples_size = 0
+        self.stages: list[tuple[str, int, Callable[[int], dict[str, float]]]] = []
+        if self.parts.cold_start:
+            self.stages.append(("cold_start", self.parts.cold_start.iterations, self.parts.cold_start.iterate))
+        self.stages += [(stage.name, stage.iterations, _bind(self.loop.iterate, stage)) for stage in self.parts.stages]
+        if saved:
+            self._restore(*saved[:2])
+            display.note(f"resuming from {saved[2]}")
+        else:
+            self._open_folder()
+
+    def run(self) -> dict[str, Any]:
+        """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
+        handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.stage < len(self.stages):
+                name, iterations, iterate = self.stages[self.stage]
+                self._evaluate_at_start(name)
+                self.display.begin(name, self.iteration, iterations)
+                while self.iteration < iterations:
+                    self._one_iteration(name, iterations, iterate)
+                self.stage, self.iteration = self.stage + 1, 0
+                self._save()
+            self._evaluate("final")
+            return self._finish()
+        finally:
+            self.display.close()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _one_iteration(self, name: str, iterations: int, iterate: Callable[[int], dict[str, float]]) -> None:
+        start = time.perf_counter()
+        with self.loop.clock.time(f"stage/{name}"):
+            metrics = iterate(self.iteration)
+        self.loop.sampler.load(self.loop.policy)
+        seconds = time.perf_counter() - start
+        self._count_tokens(name, metrics)
+        metrics |= {f"timing_s/{phase}": s for phase, s in self.loop.clock.lap().items() if not phase.startswith("stage/")}
+        metrics |= {"timing_s/step": seconds}
+        if "tokens/generated" in metrics:
+            metrics["perf/throughput"] = metrics["tokens/generated"] / seconds
+        self.iteration, self.step = self.iteration + 1, self.step + 1
+        self.metrics.write({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
+        self.display.advance(name, self.iteration - 1, metrics)
+        every = self.recipe.evaluation.every
+        if name == "em" and every and self.iteration % every == 0 and self.iteration < iterations:
+            self._evaluate(f"em/{self.iteration}")
+        saves = self.recipe.checkpoint.every and self.iteration % self.recipe.checkpoint.every == 0
+        if self.interrupt is not None or (saves and self.iteration < iterations):
+            self._save()
+        if self.interrupt is not None:
+            raise Interrupted(self.interrupt, self.run_dir)
+
+    def _evaluate_at_start(self, stage: str) -> None:
+        """`base` is the policy before any reinforcement, `start` the one the EM loop begins with."""
+        if stage != "cold_start" and "base" not in self.evaluations:
+            self._evaluate("base", with_critic=False)
+        if stage == "em" and "start" not in self.evaluations:
+            self._evaluate("start")
+
+    def _evaluate(self, label: str, *, with_critic: bool = True) -> None:
+        if label in self.evaluations:
+            return
+        loop = self.loop
+        critic = loop.critic if with_critic and self._critic_is_fitted() else None
+        results = {}
+        with loop.clock.time("evaluation"):
+            for evaluation_set in self.parts.evaluation_sets:
+                results[evaluation_set.name], rollouts = evaluate(
+                    loop.sampler,
+                    critic,
+                    self.recipe.critic.target_range,
+                    evaluation_set,
+                    num_samples=self.recipe.evaluation.samples,
+                    micro_batch_tokens=self.recipe.micro_batch_tokens,
+                    key=f"evaluation/{label}",
+                )
+                self.tokens["evaluation"] += sum(len(r.response_ids) for r in rollouts)
+                self._write_samples(label, evaluation_set.name, rollouts)
+        loop.clock.lap()
+        self.evaluations[label] = results
+        row = {_verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()}
+        self.metrics.write({"step": self.step, "evaluation": label, **row})
+        if results:
+            self.display.note(evaluation_line(label, results))
+
+    def _critic_is_fitted(self) -> bool:
+        return self.loop.critic_optimizer is not None and self.loop.critic_optimizer.num_steps > 0
+
+    def _write_samples(self, label: str, set_name: str, rollouts: list[Any]) -> None:
+        """The first sample of the first prompts, to read what the numbers are made of."""
+        step = self.recipe.evaluation.samples
+        MetricsFile(self.run_dir / "samples.jsonl").cut(self._samples_size)
+        with (self.run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
+            for rollout in rollouts[: 8 * step : step]:
+                row = {"evaluation": label, "set": set_name, "prompt": rollout.prompt.text, "response": rollout.text}
+                file.write(json.dumps(row) + "\n")
+        self._samples_size = (self.run_dir / "samples.jsonl").stat().st_size
+
+    def _count_tokens(self, stage: str, metrics: dict[str, float]) -> None:
+        generated = int(metrics.get("tokens/generated", 0))
+        self.tokens["generated"] += generated
+        self.tokens["em_generated"] += generated if stage == "em" else 0
+        self.tokens["trained"] += int(sum(v for k, v in metrics.items() if k.startswith("tokens/trained")))
+
+    def _on_signal(self, number: int, frame: object) -> None:
+        if self.interrupt is not None:  # the second one means it
+            raise KeyboardInterrupt
+        self.interrupt = number
+        self.display.note(f"{signal.Signals(number).name}: finishing this iteration, then saving (again to stop at once)")
+
+    def _open_folder(self) -> None:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        (self.run_dir / "recipe.yaml").write_text(self.resolved.to_yaml(), encoding="utf-8")
+        packages = {name: version(name) for name in ("tempo-engine", "torch", "transformers", "safetensors", "numpy")}
+        environment = {
+            "argv": sys.argv[1:], "python": platform.python_version(), "platform": platform.platform(), **packages,
+            "device": str(self.loop.policy.device), "threads": torch.get_num_threads(),
+        }  # fmt: skip
+        (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        loop, tensors = self.loop, {}
+        named: dict[str, dict[str, Any]] = {
+            "policy": dict(loop.policy.parameters()),
+            "policy_optimizer": loop.policy_optimizer.state(),
+        }
+        if loop.critic and loop.critic_optimizer:
+            named |= {"critic": dict(loop.critic.parameters()), "critic_optimizer": loop.critic_optimizer.state()}
+        if self.parts.cold_start and self.stages[min(self.stage, len(self.stages) - 1)][0] == "cold_start":
+            named["cold_start_optimizer"] = self.parts.cold_start.optimizer.state()
+        for owner, values in named.items():
+            tensors |= {f"{owner}/{name}": value for name, value in values.items()}
+        return tensors
+
+    def _save(self) -> None:
+        with self.loop.clock.time("checkpoint"):
+            seconds = {k: v + self.earlier_seconds.get(k, 0.0) for k, v in self.loop.clock.total.items()}
+            state = {
+                "stage": self.stage, "iteration": self.iteration, "step": self.step,
+                "policy_version": self.loop.policy.version,
+                "cursors": {"labelled": self.loop.labelled.position, "unlabelled": self.loop.unlabelled.position},
+                "evaluations": self.evaluations, "tokens": self.tokens, "seconds": {**self.earlier_seconds, **seconds},
+                "metrics_size": self.metrics.size, "samples_size": self._samples_size,
+            }  # fmt: skip
+            checkpoint.save(self.run_dir / "checkpoints", self.step, self._tensors(), state, keep=self.recipe.checkpoint.keep)
+
+    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        loop = self.loop
+        self.stage, self.iteration, self.step = state["stage"], state["iteration"], state["step"]
+        self.evaluations, self.tokens, self.earlier_seconds = state["evaluations"], state["tokens"], state["seconds"]
+        loop.labelled.position, loop.unlabelled.position = state["cursors"]["labelled"], state["cursors"]["unlabelled"]
+        loop.policy.version = state["policy_version"]
+        owners = {"policy": loop.policy.parameters(), "critic": loop.critic.parameters() if loop.critic else []}
+        with torch.no_grad():
+            for owner, parameters in owners.items():
+                for name, parameter in parameters:
+                    parameter.copy_(tensors[f"{owner}/{name}"])
+        optimizers = {"policy_optimizer": loop.policy_optimizer, "critic_optimizer": loop.critic_optimizer}
+        if self.parts.cold_start:
+            optimizers["cold_start_optimizer"] = self.parts.cold_start.optimizer
+        for owner, optimizer in optimizers.items():
+            own = {name.removeprefix(f"{owner}/"): t for name, t in tensors.items() if name.startswith(f"{owner}/")}
+            if optimizer and own:
+                optimizer.load_state(own)
+        loop.sampler.load(loop.policy)
+        self.metrics.cut(state["metrics_size"])
+        self._samples_size = state["samples_size"]
+
+    def _finish(self) -> dict[str, Any]:
+        """Summary, curves and exports."""
+        seconds = {k: v + self.earlier_seconds.get(k, 0.0) for k, v in self.loop.clock.total.items()}
+        named = {label: self.evaluations[label] for label in ("base", "start", "final") if label in self.evaluations}
+        summary = {
+            "recipe": self.resolved.name, "method": self.recipe.method, "seed": self.recipe.seed,
+            "stages": named, "seconds": {**self.earlier_seconds, **seconds}, "tokens": self.tokens,
+        }  # fmt: skip
+        if self.recipe.checkpoint.export:
+            checkpoint.export_policy(self.loop.policy, self.parts.tokenizer, self.run_dir / "policy")
+            if self.loop.critic:
+                checkpoint.export_critic(self.loop.critic, self.parts.tokenizer, self.run_dir / "critic")
+        plot_run(self.metrics.rows(), self.run_dir / "curves.png", title=f"{self.resolved.name}: {self.recipe.method}")
+        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        return summary
+
+
+def _bind(iterate: Callable[[Stage, int], dict[str, float]], stage: Stage) -> Callable[[int], dict[str, float]]:
+    return lambda iteration: iterate(stage, iteration)
+
+
+def _verl_name(set_name: str, metric: str) -> str:
+    """verl's names for evaluation metrics, so that its dashboards find them."""
+    is_core = metric.startswith(("mean@", "maj@", "pass@"))
+    return f"val-core/{set_name}/acc/{metric}" if is_core else f"val-aux/{set_name}/{metric}"
+
+
+def _check_same_recipe(recipe: dict[str, Any], run_dir: Path) -> None:
+    import yaml
+
+    with suppress(FileNotFoundError):
+        saved = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+        for path in sorted({*_flat(saved), *_flat(recipe)}):
+            before, now = _flat(saved).get(path), _flat(recipe).get(path)
+            if before != now and not path.startswith(RESUME_MAY_CHANGE):
+                raise UserError(f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict) or not value:
+        return {prefix.rstrip("."): value}
+    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}
