@@ -113,7 +113,7 @@ def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
         trunk.save_pretrained(folder)
         save_file({"weight": critic.weight.detach(), "bias": critic.bias.detach()}, folder / "value_head.safetensors")
     else:
-        model.to(critic.weight.device, next(critic.trunk.parameters()).dtype)
+        nn.Module.to(model, next(critic.trunk.parameters()))
         trunk_of(model).load_state_dict(critic.trunk.state_dict())
         score = _score_layer(model)
         with torch.no_grad():
@@ -134,8 +134,6 @@ def load_critic(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     model = AutoModelForTokenClassification.from_pretrained(folder, local_files_only=True)
     score = _score_layer(model)
     return trunk_of(model), score.weight.detach()[0], score.bias.detach()[0]
-
-
 
 
 def _token_classifier(config: Any) -> PreTrainedModel | None:

@@ -27,7 +27,9 @@ def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTraine
     if not (path / "config.json").is_file():
         raise UserError(f"model.path must be a Hugging Face model directory, but {path}/config.json does not exist")
     if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path} has no *.safetensors weights; save the model with save_pretrained() into that directory")
+        raise UserError(
+            f"{path} has no *.safetensors weights; save the model with save_pretrained() into that directory"
+        )
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True
@@ -46,9 +48,7 @@ def create_causal_lm(config: dict[str, Any], *, dtype: str, attention: Attention
         model_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(
-                model_config, dtype=DTYPES[dtype], attn_implementation=attention
-            )
+            return AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype], attn_implementation=attention)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.create: transformers refuses {config}: {str(error).splitlines()[0]}") from error
 
@@ -133,7 +133,7 @@ class Critic:
 
     def __init__(self, policy: Policy, *, backbone: Literal["separate", "shared"], head: HeadKind) -> None:
         self.backbone = backbone
-        self.head = head
+        self.head: HeadKind = head
         self.config = policy.model.config
         self.trunk = copy.deepcopy(policy.trunk) if backbone == "separate" else policy.trunk
         # The head is at least float32 whatever the trunk is: a difference of two values near 1 would drown in bf16 spacing.
@@ -161,4 +161,3 @@ class Critic:
         trunk = self.trunk.named_parameters() if self.backbone == "separate" else []
         own = [("value_head.weight", self.weight), ("value_head.bias", self.bias)]
         return [(f"trunk.{name}", p) for name, p in trunk if p.requires_grad] + own
-

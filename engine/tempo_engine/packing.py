@@ -96,7 +96,10 @@ class PackedBatch:
 
 
 def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedBatch:
-    """Lay rollouts end to end, in order. Raises ValueError for an empty prompt: its first token would have no position before it."""
+    """Lay rollouts end to end, in order.
+
+    Raises ValueError for an empty prompt: nothing would predict its first token.
+    """
     for rollout in rollouts:
         if not rollout.prompt.token_ids:
             raise ValueError(f"the prompt {rollout.prompt.id} has no tokens")

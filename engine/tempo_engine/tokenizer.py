@@ -58,7 +58,9 @@ def to_prompts(questions: Sequence[Question], tokenizer: Any, *, max_tokens: int
             ids = tokenizer(text)["input_ids"]
         else:
             if not getattr(tokenizer, "chat_template", None):
-                raise UserError(f"{where} holds chat messages, but the model's tokenizer has no chat template; use text prompts")
+                raise UserError(
+                    f"{where} holds chat messages, but the model's tokenizer has no chat template; use text prompts"
+                )
             messages = [{"role": role, "content": content} for role, content in question.content]
             text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]

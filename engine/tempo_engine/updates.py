@@ -152,5 +152,3 @@ def token_logprobs(policy: Policy, batch: PackedBatch, max_tokens: int) -> Tenso
     for rows in batch.micro_batches(torch.arange(len(batch), device=policy.device), max_tokens):
         logprob_T[segment_index(batch.cu_responses_S1, rows)] = policy.token_stats(batch.select(rows)).logprob_T.float()
     return logprob_T
-
-

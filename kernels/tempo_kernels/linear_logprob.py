@@ -74,9 +74,7 @@ def linear_logprob(
         ValueError: shapes that do not fit, a temperature or softcap that is not positive.
     """
     if hidden_TD.ndim != 2 or head_VD.ndim != 2 or hidden_TD.shape[1] != head_VD.shape[1]:
-        raise ValueError(
-            f"want hidden [T, D] and head [V, D], got {tuple(hidden_TD.shape)} and {tuple(head_VD.shape)}"
-        )
+        raise ValueError(f"want hidden [T, D] and head [V, D], got {tuple(hidden_TD.shape)} and {tuple(head_VD.shape)}")
     if target_T.shape != hidden_TD.shape[:1]:
         raise ValueError(f"want one target per row of hidden ({len(hidden_TD)}), got shape {tuple(target_T.shape)}")
     if temperature <= 0 or (softcap is not None and softcap <= 0):
@@ -85,9 +83,7 @@ def linear_logprob(
     if len(hidden_TD) <= rows:
         return linear_logprob_reference(hidden_TD, head_VD, target_T, bias_V, temperature, softcap)
     chunks = [
-        checkpoint(
-            linear_logprob_reference, hidden, head_VD, target, bias_V, temperature, softcap, use_reentrant=False
-        )
+        checkpoint(linear_logprob_reference, hidden, head_VD, target, bias_V, temperature, softcap, use_reentrant=False)
         for hidden, target in zip(hidden_TD.split(rows), target_T.split(rows), strict=True)
     ]
     return TokenStats(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))  # pyright: ignore[reportArgumentType]

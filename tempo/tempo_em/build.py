@@ -87,11 +87,15 @@ def build(recipe: Recipe) -> Parts:
         extract_labelled=datasets["labelled"].extract,
         extract_unlabelled=datasets["unlabelled"].extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
-        critic_optimizer=None if critic is None else _optimizer(critic.parameters(), recipe.estep.optim, _critic_steps(recipe)),
+        critic_optimizer=None
+        if critic is None
+        else _optimizer(critic.parameters(), recipe.estep.optim, _critic_steps(recipe)),
         clock=Clock(),
     )
     audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
-    sets = [EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited]
+    sets = [
+        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
+    ]
     return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets["labelled"], loop, tokenizer), sets, tokenizer)
 
 
@@ -126,7 +130,9 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
         if name.startswith("evaluation.") or name == "labelled":
             unanswered = next((q for q in datasets[name].questions if not q.answers), None)
             if unanswered:
-                raise UserError(f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column")
+                raise UserError(
+                    f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
+                )
     for name in list(datasets)[1:]:
         check_disjoint({f"data.{n}": datasets[n].questions for n in ("labelled", "unlabelled", name) if n in datasets})
     return datasets
@@ -134,7 +140,9 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
     if isinstance(source, JsonlSource):
-        questions = read_questions(source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit)
+        questions = read_questions(
+            source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
+        )
         return Dataset(questions, EXTRACTORS[source.extract], None)
     generator: Generator
     if isinstance(source, SignsSource):
@@ -148,7 +156,9 @@ def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
     """For a fresh model: one token a word when every prompt is generated, else one token a byte."""
     generators = [dataset.generator for dataset in datasets.values()]
     if all(generators):
-        return word_tokenizer(sorted({word for generator in generators if generator for word in generator.vocabulary()}))
+        return word_tokenizer(
+            sorted({word for generator in generators if generator for word in generator.vocabulary()})
+        )
     return byte_tokenizer()
 
 
@@ -161,7 +171,9 @@ def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
         ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
         config = {"vocab_size": len(tokenizer), **ids, **how.create}
         if config["vocab_size"] < len(tokenizer):
-            raise UserError(f"model.create.vocab_size is {config['vocab_size']}, the tokenizer has {len(tokenizer)} tokens; leave it out")
+            raise UserError(
+                f"model.create.vocab_size is {config['vocab_size']}, the tokenizer has {len(tokenizer)} tokens; leave it out"
+            )
         model = create_causal_lm(config, dtype=how.dtype, attention=how.attention, seed=recipe.seed)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
@@ -212,7 +224,9 @@ def _cold_start(recipe: Recipe, labelled: Dataset, loop: EMLoop, tokenizer: Any)
     if not how.steps:
         return None
     if labelled.generator is None:
-        raise UserError("cold_start.steps needs worked responses, which only generators write; data.labelled is a file, set steps to 0")
+        raise UserError(
+            "cold_start.steps needs worked responses, which only generators write; data.labelled is a file, set steps to 0"
+        )
     unknown = set(how.mix) - set(labelled.generator.trace_kinds)
     if unknown:
         kinds = ", ".join(labelled.generator.trace_kinds)

@@ -13,16 +13,27 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable, the last wins.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Change a value of the recipe; repeatable, the last wins."),
+]
 
 
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
     settings: Settings = None,
-    resume: Annotated[str | None, typer.Option(metavar="[auto|PATH]", help="Go on with a run: its folder, or auto for --run-dir (a new run if there is none).")] = None,
+    resume: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[auto|PATH]",
+            help="Go on with a run: its folder, or auto for --run-dir (a new run if there is none).",
+        ),
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD-seedN.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and resolve the recipe, build its parts, print it, stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and resolve the recipe, build its parts, print it, stop.")
+    ] = False,
 ) -> None:
     """Run a recipe from cold start to exported models."""
     from tempo_em.commands import train_command
@@ -45,7 +56,9 @@ def evaluate(
 
 @app.command()
 def recipes(
-    copy: Annotated[str | None, typer.Option(metavar="NAME", help="Write this recipe to NAME.yaml here, to edit.")] = None,
+    copy: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Write this recipe to NAME.yaml here, to edit.")
+    ] = None,
 ) -> None:
     """List the packaged recipes and methods."""
     from tempo_em.commands import recipes_command

@@ -5,7 +5,15 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 STAGE_TITLES = {"cold_start": "cold start", "critic_warmup": "critic warm-up", "rlvr": "RLVR", "em": "EM"}
@@ -97,7 +105,9 @@ def evaluation_line(label: str, results: Mapping[str, Mapping[str, float]]) -> s
     """One line an evaluation: accuracy and diversity per set, and the critic where there is one."""
     parts = []
     for name, metrics in results.items():
-        shown = [(k, v) for k, v in metrics.items() if k.startswith(("mean@", "maj@")) or k in ("pass@8", "critic/auroc")]
+        shown = [
+            (k, v) for k, v in metrics.items() if k.startswith(("mean@", "maj@")) or k in ("pass@8", "critic/auroc")
+        ]
         parts.append(f"{name}: " + " ".join(f"{k.removeprefix('critic/')} {v:.3f}" for k, v in shown))
     return f"evaluation {label}  " + "  |  ".join(parts)
 
@@ -112,7 +122,9 @@ def summary_table(stages: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Ta
     last = list(stages.values())[-1]
     for set_name, metrics in last.items():
         for metric in metrics:
-            if metric.startswith(("mean@", "pass@8", "maj@", "distinct", "critic/auroc", "critic/brier", "critic/ece", "critic/over")):
+            if metric.startswith(
+                ("mean@", "pass@8", "maj@", "distinct", "critic/auroc", "critic/brier", "critic/ece", "critic/over")
+            ):
                 values = [stage.get(set_name, {}).get(metric) for stage in stages.values()]
                 table.add_row(set_name, metric, *("" if v is None else f"{v:.3f}" for v in values))
         table.add_section()

@@ -51,7 +51,9 @@ def load_recipe(where: str, settings: list[str]) -> ResolvedRecipe:
     elif where in packaged:
         name, text, base = where, packaged[where], Path()
     else:
-        raise UserError(f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}")
+        raise UserError(
+            f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}"
+        )
     try:
         from_file = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -61,12 +63,16 @@ def load_recipe(where: str, settings: list[str]) -> ResolvedRecipe:
     return resolve(name, from_file, [parse_setting(s) for s in settings], base)
 
 
-def resolve(name: str, from_file: dict[str, Any], settings: list[tuple[str, Any]], base: Path = Path()) -> ResolvedRecipe:
+def resolve(
+    name: str, from_file: dict[str, Any], settings: list[tuple[str, Any]], base: Path = Path()
+) -> ResolvedRecipe:
     """Lay preset, file and settings over the defaults. Relative paths in the file are relative to `base`."""
     origin: dict[str, str] = {}
     method = dict(settings).get("method", from_file.get("method", Recipe.model_fields["method"].default))
     if method not in PRESETS:
-        raise UserError(f"method {method!r} is not known{_closest(str(method), PRESETS)}; methods: {', '.join(PRESETS)}")
+        raise UserError(
+            f"method {method!r} is not known{_closest(str(method), PRESETS)}; methods: {', '.join(PRESETS)}"
+        )
     merged: dict[str, Any] = {}
     _lay(merged, PRESETS[method][1], f"preset {method}", origin)
     _lay(merged, from_file, "file", origin)
@@ -98,7 +104,12 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
     for key, value in over.items():
         path = f"{prefix}{key}"
         old = under.get(key)
-        changes_kind = isinstance(value, dict) and isinstance(old, dict) and ("jsonl" in value) != ("jsonl" in old) and prefix == "data."
+        changes_kind = (
+            isinstance(value, dict)
+            and isinstance(old, dict)
+            and ("jsonl" in value) != ("jsonl" in old)
+            and prefix == "data."
+        )
         if isinstance(value, dict) and isinstance(old, dict) and not changes_kind:
             _lay(old, value, source, origin, f"{path}.")
         elif isinstance(value, dict):
@@ -165,7 +176,11 @@ def _fields_at(loc: list[str]) -> list[str]:
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return [annotation]
     return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
 

@@ -26,7 +26,9 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
     mean = next(m for m in metrics if m.startswith("mean@"))
     _curves(axes[1], points, {s: f"val-core/{s}/acc/{mean}" for s in sets}, f"{mean} by set")
     critic = {"AUROC": "critic/auroc", "mean value": "critic/value_mean", "ECE": "critic/ece"}
-    _curves(axes[2], points, {label: f"val-aux/{shown}/{m}" for label, m in critic.items()}, f"critic on {shown} questions")
+    _curves(
+        axes[2], points, {label: f"val-aux/{shown}/{m}" for label, m in critic.items()}, f"critic on {shown} questions"
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -38,7 +40,9 @@ def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[s
     for row in rows:
         label = str(row.get("evaluation", "base"))
         if label != "base":
-            points.append(({"start": 0, "final": last}[label] if "/" not in label else int(label.rpartition("/")[2]), row))
+            points.append(
+                ({"start": 0, "final": last}[label] if "/" not in label else int(label.rpartition("/")[2]), row)
+            )
     return sorted(points, key=lambda point: point[0])
 
 

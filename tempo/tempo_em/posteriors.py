@@ -1,7 +1,6 @@
 """Who says how good an unlabelled response is. Each posterior gives one outcome per response; none of them sees a label.
 
-In the EM reading (algorithm in the README) the outcome is w(x, y) in q(y | x) ~ w(x, y) pi(y | x): correctness is latent, and these are
-the beliefs about it.
+In the EM reading the outcome is w(x, y) in q(y | x) ~ w(x, y) pi(y | x): correctness is latent, and these are the beliefs about it.
 """
 
 # Shape letters: S = sequences
@@ -22,8 +21,8 @@ def critic(terminal_S: Tensor, target: tuple[float, float]) -> Tensor:
 def majority_vote(answers: Sequence[Sequence[str | None]]) -> Tensor:
     """TTRL: 1 for responses with the most frequent answer of their group, else 0 (arXiv 2504.16084, section 2.2).
 
-    Responses without an answer do not vote and get 0. When answers tie, the first in alphabetical order is the pseudo-label: like any
-    fixed rule it does not depend on the order of the responses.
+    Responses without an answer do not vote and get 0. When answers tie, the first in alphabetical order is the pseudo-label: a
+    rule that does not depend on the order of the responses.
     """
     outcomes = []
     for group in answers:

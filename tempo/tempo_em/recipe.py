@@ -20,8 +20,10 @@ class Strict(BaseModel):
 class ModelRecipe(Strict):
     """The policy: a Hugging Face directory, or a config to create a fresh model from."""
 
-    path: Path | None = Field(None, description="Hugging Face directory with safetensors weights")
-    create: dict[str, Any] | None = Field(None, description="transformers config with model_type, for a fresh model")
+    path: Path | None = Field(default=None, description="Hugging Face directory with safetensors weights")
+    create: dict[str, Any] | None = Field(
+        default=None, description="transformers config with model_type, for a fresh model"
+    )
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
 
@@ -37,23 +39,25 @@ class ModelRecipe(Strict):
 class OptimRecipe(Strict):
     """AdamW and its learning-rate schedule."""
 
-    lr: float = Field(1e-6, ge=0)
+    lr: float = Field(default=1e-6, ge=0)
     warmup_steps: Count = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Probability, Probability] = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 class CriticRecipe(Strict):
     """The token-level value function."""
 
     backbone: Literal["separate", "shared"] = Field(
-        "separate", description="a network of its own, or a value head on the policy's trunk"
+        default="separate", description="a network of its own, or a value head on the policy's trunk"
     )
     head: Literal["linear", "sigmoid"] = "linear"
     loss: Literal["mse", "bce"] = "mse"
-    target: Literal["zero_one", "plus_minus_one"] = Field("zero_one", description="what wrong and right regress on")
+    target: Literal["zero_one", "plus_minus_one"] = Field(
+        default="zero_one", description="what wrong and right regress on"
+    )
 
     @model_validator(mode="after")
     def head_fits(self) -> "CriticRecipe":
@@ -73,9 +77,9 @@ class SignsSource(Strict):
 
     generator: Literal["signs"]
     count: Positive
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field((4,), min_length=1)
-    largest: int = Field(6, ge=1, le=99)
-    unique: bool = Field(False, description="only questions with exactly one right answer")
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
+    largest: int = Field(default=6, ge=1, le=99)
+    unique: bool = Field(default=False, description="only questions with exactly one right answer")
 
 
 class SumsSource(Strict):
@@ -83,18 +87,20 @@ class SumsSource(Strict):
 
     generator: Literal["sums"]
     count: Positive
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field((3,), min_length=1)
-    largest: int = Field(9, ge=1, le=999)
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
+    largest: int = Field(default=9, ge=1, le=999)
 
 
 class JsonlSource(Strict):
     """A JSONL file: one object a line."""
 
     jsonl: Path
-    prompt: str = Field("prompt", description="column with the prompt: text or chat messages")
-    answer: str | None = Field("answer", description="column with the answer, or null when there is none")
-    extract: Literal["boxed", "answer_line", "whole"] = Field("boxed", description="where a response states its answer")
-    limit: Positive | None = Field(None, description="read at most this many questions")
+    prompt: str = Field(default="prompt", description="column with the prompt: text or chat messages")
+    answer: str | None = Field(default="answer", description="column with the answer, or null when there is none")
+    extract: Literal["boxed", "answer_line", "whole"] = Field(
+        default="boxed", description="where a response states its answer"
+    )
+    limit: Positive | None = Field(default=None, description="read at most this many questions")
 
 
 def _source_tag(value: Any) -> str:
@@ -113,7 +119,7 @@ class DataRecipe(Strict):
 
     labelled: Source
     unlabelled: Source
-    evaluation: dict[str, Source] = Field({}, description="further sets by name, for example labelled_heldout")
+    evaluation: dict[str, Source] = Field(default={}, description="further sets by name, for example labelled_heldout")
 
     @model_validator(mode="after")
     def names(self) -> "DataRecipe":
@@ -125,12 +131,12 @@ class DataRecipe(Strict):
 class RolloutRecipe(Strict):
     """Sampling."""
 
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: Count = Field(0, description="0: off")
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: Count = Field(default=0, description="0: off")
     max_prompt_tokens: Positive = 2048
     max_new_tokens: Positive = 1024
-    max_running: Positive = Field(512, description="sequences that decode at a time")
+    max_running: Positive = Field(default=512, description="sequences that decode at a time")
 
 
 class ColdStartRecipe(Strict):
@@ -138,7 +144,7 @@ class ColdStartRecipe(Strict):
 
     steps: Count = 0
     batch_size: Positive = 128
-    mix: dict[str, Probability] = Field({"right": 1.0}, description="share of each kind of trace")
+    mix: dict[str, Probability] = Field(default={"right": 1.0}, description="share of each kind of trace")
     optim: OptimRecipe = OptimRecipe(lr=1e-3, schedule="linear")
 
     @model_validator(mode="after")
@@ -151,35 +157,43 @@ class ColdStartRecipe(Strict):
 class InitialisationRecipe(Strict):
     """Stages on labelled prompts before the EM loop."""
 
-    critic_warmup: Count = Field(0, description="iterations that fit the critic only")
-    rlvr: Count = Field(0, description="iterations of PPO with the token critic and the label as outcome")
+    critic_warmup: Count = Field(default=0, description="iterations that fit the critic only")
+    rlvr: Count = Field(default=0, description="iterations of PPO with the token critic and the label as outcome")
 
 
 class EMRecipe(Strict):
     """The schedule of the EM loop."""
 
     iterations: Count = 100
-    rollouts: Positive = Field(512, description="responses sampled an iteration, labelled and unlabelled together")
-    labelled_share: Probability = Field(0.5, description="share of the rollouts on labelled prompts")
-    group_size: Positive = Field(8, description="responses to an unlabelled prompt")
-    labelled_group_size: Positive = Field(2, description="responses to a labelled prompt")
-    posterior: Literal["label", "critic", "majority_vote", "cluster_frequency", "random"] = Field(
-        "critic", description="who says how good an unlabelled response is"
+    rollouts: Positive = Field(
+        default=512, description="responses sampled an iteration, labelled and unlabelled together"
     )
-    train_policy_on_labelled: bool = Field(True, description="labelled rows join the M-step with the label as outcome")
-    order: Literal["e_then_m", "lagged"] = Field("e_then_m", description="recalibrate before or after values are read")
+    labelled_share: Probability = Field(default=0.5, description="share of the rollouts on labelled prompts")
+    group_size: Positive = Field(default=8, description="responses to an unlabelled prompt")
+    labelled_group_size: Positive = Field(default=2, description="responses to a labelled prompt")
+    posterior: Literal["label", "critic", "majority_vote", "cluster_frequency", "random"] = Field(
+        default="critic", description="who says how good an unlabelled response is"
+    )
+    train_policy_on_labelled: bool = Field(
+        default=True, description="labelled rows join the M-step with the label as outcome"
+    )
+    order: Literal["e_then_m", "lagged"] = Field(
+        default="e_then_m", description="recalibrate before or after values are read"
+    )
     terminal: Literal["after_last_token", "last_prefix"] = "after_last_token"
 
 
 class EStepRecipe(Strict):
     """Critic recalibration."""
 
-    every: Count = Field(1, description="recalibrate every so many iterations; 0: never")
+    every: Count = Field(default=1, description="recalibrate every so many iterations; 0: never")
     epochs: Positive = 4
     minibatches: Positive = 2
-    filter: Literal["none", "zero_variance"] = Field("none", description="labelled groups the E- and M-step leave out")
+    filter: Literal["none", "zero_variance"] = Field(
+        default="none", description="labelled groups the E- and M-step leave out"
+    )
     clip: Literal["none", "token", "sequence_mean"] = "none"
-    clip_range: float = Field(0.1, gt=0)
+    clip_range: float = Field(default=0.1, gt=0)
     optim: OptimRecipe = OptimRecipe()
 
 
@@ -187,9 +201,9 @@ class MStepRecipe(Strict):
     """Policy refinement."""
 
     loss: Literal["gspo", "ppo", "reinforce"] = "gspo"
-    clip_low: float = Field(3e-4, ge=0, lt=1)
-    clip_high: float = Field(5e-4, ge=0)
-    dual_clip: float | None = Field(None, gt=1)
+    clip_low: float = Field(default=3e-4, ge=0, lt=1)
+    clip_high: float = Field(default=5e-4, ge=0)
+    dual_clip: float | None = Field(default=None, gt=1)
     aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     entropy_coef: float = 0.0
     baseline: Literal["critic_prefix", "group_mean", "none"] = "critic_prefix"
@@ -199,7 +213,7 @@ class MStepRecipe(Strict):
     epochs: Positive = 1
     minibatches: Positive = 2
     old_logprob: Literal["trainer", "sampler"] = Field(
-        "trainer", description="denominator of the ratio: recomputed, or the sampler's own"
+        default="trainer", description="denominator of the ratio: recomputed, or the sampler's own"
     )
     optim: OptimRecipe = OptimRecipe()
 
@@ -207,14 +221,14 @@ class MStepRecipe(Strict):
 class EvaluationRecipe(Strict):
     """When and how much to evaluate. The EM loop's start and end always are."""
 
-    every: Count = Field(20, description="iterations between evaluations; 0: only start and end")
+    every: Count = Field(default=20, description="iterations between evaluations; 0: only start and end")
     samples: Positive = 16
 
 
 class CheckpointRecipe(Strict):
-    every: Count = Field(20, description="iterations between checkpoints; 0: only at the end of a stage")
+    every: Count = Field(default=20, description="iterations between checkpoints; 0: only at the end of a stage")
     keep: Positive = 2
-    export: bool = Field(True, description="export policy and critic in Hugging Face format at the end")
+    export: bool = Field(default=True, description="export policy and critic in Hugging Face format at the end")
 
 
 class Recipe(Strict):
@@ -222,8 +236,10 @@ class Recipe(Strict):
 
     method: str = "tempo"
     seed: Count = 0
-    threads: Count = Field(0, description="CPU threads; 0: leave torch's choice")
-    micro_batch_tokens: Positive = Field(16384, description="tokens, padding included, of one forward and backward pass")
+    threads: Count = Field(default=0, description="CPU threads; 0: leave torch's choice")
+    micro_batch_tokens: Positive = Field(
+        default=16384, description="tokens, padding included, of one forward and backward pass"
+    )
     model: ModelRecipe
     critic: CriticRecipe = CriticRecipe()
     data: DataRecipe

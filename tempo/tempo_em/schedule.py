@@ -134,7 +134,7 @@ class EMLoop:
     def m_step(
         self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, unlabelled: list[Rollout], key: str
     ) -> dict[str, float]:
-        """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome on unlabelled rows, the label on labelled ones."""
+        """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome, and on labelled rows the label."""
         how = self.recipe.mstep
         labelled = labelled if stage.trains_on_labelled else []
         if not labelled and not unlabelled:

@@ -50,7 +50,9 @@ class Training:
         if resume:
             _check_same_recipe(self.recipe.model_dump(mode="json"), run_dir)
         elif run_dir.exists() and any(run_dir.iterdir()):
-            raise UserError(f"the run folder {run_dir} is not empty; add --resume to go on with it, or choose another --run-dir")
+            raise UserError(
+                f"the run folder {run_dir} is not empty; add --resume to go on with it, or choose another --run-dir"
+            )
         self.parts: Parts = build(self.recipe)
         self.loop = self.parts.loop
         self.stage, self.iteration, self.step = 0, 0, 0
@@ -96,7 +98,9 @@ class Training:
         self.loop.sampler.load(self.loop.policy)
         seconds = time.perf_counter() - start
         self._count_tokens(name, metrics)
-        metrics |= {f"timing_s/{phase}": s for phase, s in self.loop.clock.lap().items() if not phase.startswith("stage/")}
+        metrics |= {
+            f"timing_s/{phase}": s for phase, s in self.loop.clock.lap().items() if not phase.startswith("stage/")
+        }
         metrics |= {"timing_s/step": seconds}
         if "tokens/generated" in metrics:
             metrics["perf/throughput"] = metrics["tokens/generated"] / seconds
@@ -140,7 +144,9 @@ class Training:
                 self._write_samples(label, evaluation_set.name, rollouts)
         loop.clock.lap()
         self.evaluations[label] = results
-        row = {_verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()}
+        row = {
+            _verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()
+        }
         self.metrics.write({"step": self.step, "evaluation": label, **row})
         if results:
             self.display.note(evaluation_line(label, results))
@@ -168,7 +174,9 @@ class Training:
         if self.interrupt is not None:  # the second one means it
             raise KeyboardInterrupt
         self.interrupt = number
-        self.display.note(f"{signal.Signals(number).name}: finishing this iteration, then saving (again to stop at once)")
+        self.display.note(
+            f"{signal.Signals(number).name}: finishing this iteration, then saving (again to stop at once)"
+        )
 
     def _open_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
@@ -204,7 +212,9 @@ class Training:
                 "evaluations": self.evaluations, "tokens": self.tokens, "seconds": {**self.earlier_seconds, **seconds},
                 "metrics_size": self.metrics.size, "samples_size": self._samples_size,
             }  # fmt: skip
-            checkpoint.save(self.run_dir / "checkpoints", self.step, self._tensors(), state, keep=self.recipe.checkpoint.keep)
+            checkpoint.save(
+                self.run_dir / "checkpoints", self.step, self._tensors(), state, keep=self.recipe.checkpoint.keep
+            )
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         loop = self.loop
@@ -263,7 +273,9 @@ def _check_same_recipe(recipe: dict[str, Any], run_dir: Path) -> None:
         for path in sorted({*_flat(saved), *_flat(recipe)}):
             before, now = _flat(saved).get(path), _flat(recipe).get(path)
             if before != now and not path.startswith(RESUME_MAY_CHANGE):
-                raise UserError(f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe")
+                raise UserError(
+                    f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe"
+                )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -83,7 +83,9 @@ class LocalSampler:
                 count = max(1, (self.max_running - len(running)) // group_size)
                 rows = [waiting.popleft() for _ in range(min(count, len(waiting)))]
                 slots = [row * group_size + i for row in rows for i in range(group_size)]
-                running.join([prompts[row] for row in rows], group_size, slots, draws[slots], [limits[i] for i in slots])
+                running.join(
+                    [prompts[row] for row in rows], group_size, slots, draws[slots], [limits[i] for i in slots]
+                )
             logits_RV = truncate(running.logits_RV / self.temperature, self.top_p, self.top_k)
             done |= running.append(*draw(logits_RV, running.next_draws()))
             running.drop_finished()
@@ -119,7 +121,9 @@ def truncate(logits_RV: Tensor, top_p: float, top_k: int) -> Tensor:
         sorted_RV, order_RV = logits_RV.sort(dim=-1, descending=True)
         probability_RV = sorted_RV.softmax(-1)
         is_outside_RV = probability_RV.cumsum(-1) - probability_RV >= top_p
-        logits_RV = logits_RV.masked_fill(torch.zeros_like(is_outside_RV).scatter(1, order_RV, is_outside_RV), -torch.inf)
+        logits_RV = logits_RV.masked_fill(
+            torch.zeros_like(is_outside_RV).scatter(1, order_RV, is_outside_RV), -torch.inf
+        )
     return logits_RV
 
 
@@ -162,7 +166,9 @@ class _Running:
         device = self.policy.device
         longest = max(len(p.token_ids) for p in prompts)
         padding = [longest - len(p.token_ids) for p in prompts]
-        ids_PL = torch.tensor([[0] * n + list(p.token_ids) for n, p in zip(padding, prompts, strict=True)], device=device)
+        ids_PL = torch.tensor(
+            [[0] * n + list(p.token_ids) for n, p in zip(padding, prompts, strict=True)], device=device
+        )
         mask_PL = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
         cache = DynamicCache(config=self.policy.model.config)
         logits_PV = self._forward(ids_PL, (mask_PL.cumsum(1) - 1).clamp(min=0), mask_PL, cache)

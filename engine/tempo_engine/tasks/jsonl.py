@@ -9,7 +9,9 @@ from tempo_engine.tasks.answers import canonical
 from tempo_engine.tasks.question import Question
 
 
-def read_questions(path: Path, *, prompt_column: str, answer_column: str | None, limit: int | None = None) -> list[Question]:
+def read_questions(
+    path: Path, *, prompt_column: str, answer_column: str | None, limit: int | None = None
+) -> list[Question]:
     """The file's questions, in order, without repeats of the same content.
 
     Raises UserError naming the line when it is not JSON, lacks a column or holds something else there; and for an empty file.
@@ -44,9 +46,15 @@ def _question(line: str, where: str, prompt_column: str, answer_column: str | No
 def _content(prompt: Any, where: str) -> str | tuple[tuple[str, str], ...]:
     if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if isinstance(prompt, list) and prompt and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt):
+    if (
+        isinstance(prompt, list)
+        and prompt
+        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
+    ):
         return tuple((str(m["role"]), str(m["content"])) for m in prompt)
-    raise UserError(f"{where}: the prompt must be text or a list of messages with role and content, got {str(prompt)[:60]!r}")
+    raise UserError(
+        f"{where}: the prompt must be text or a list of messages with role and content, got {str(prompt)[:60]!r}"
+    )
 
 
 def _answers(answer: Any, where: str) -> frozenset[str]:

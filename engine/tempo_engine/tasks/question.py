@@ -15,7 +15,7 @@ Split = Literal["labelled", "unlabelled", "heldout"]
 class Question:
     """A question before tokenisation: Question("3 5 = (8)", answers=frozenset({"+3+5"})).
 
-    `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer; it is empty when none is known.
+    `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known.
     """
 
     content: str | tuple[tuple[str, str], ...]

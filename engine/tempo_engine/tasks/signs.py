@@ -3,9 +3,9 @@
     prompt    3 5 1 2 = (5)
     response  +3 (2) +5 (-3) -1 (-2) -2 (0)
 
-Each step is a signed number and, in brackets, what is still missing: 5 - 3 = 2, 2 - 5 = -3, -3 + 1 = -2, -2 + 2 = 0. The answer is the
-signed numbers, "+3+5-1-2". The bracketed remainders are the reasoning: a model that ends on (0) with one wrong remainder has fooled
-itself (a "fudge"), and a critic has to check every step to see it.
+Each step is a signed number and, in brackets, what is still missing: 5 - 3 = 2, 2 - 5 = -3, -3 + 1 = -2, -2 + 2 = 0. The answer
+is the signed numbers, "+3+5-1-2". The bracketed remainders are the reasoning: a model that ends on (0) with one wrong remainder has
+fooled itself (a "fudge"), and a critic has to check every step to see it.
 """
 
 import functools
@@ -48,8 +48,7 @@ class Signs:
                 return Question(f"{' '.join(map(str, numbers))} = ({target})", answers)
 
     def trace(self, question: Question, kind: str, rng: random.Random) -> str:
-        """`right`: a solution. `miss`: honest arithmetic that does not end on 0. `fudge`: the same with one false remainder, so that
-        it does end on 0."""
+        """`right`: a solution. `miss`: honest arithmetic that does not end on 0. `fudge`: one false remainder makes it end on 0."""
         numbers, target = _read(question)
         solves = _totals(numbers) == target
         candidates = _patterns(len(numbers))[solves if kind == "right" or solves.all() else ~solves]
@@ -64,7 +63,12 @@ class Signs:
     def vocabulary(self) -> list[str]:
         furthest = 2 * max(self.terms) * self.largest
         numbers = [str(n) for n in range(1, self.largest + 1)]
-        return ["=", *numbers, *(s + n for s in "+-" for n in numbers), *(f"({r})" for r in range(-furthest, furthest + 1))]
+        return [
+            "=",
+            *numbers,
+            *(s + n for s in "+-" for n in numbers),
+            *(f"({r})" for r in range(-furthest, furthest + 1)),
+        ]
 
 
 @functools.cache

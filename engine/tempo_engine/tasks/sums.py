@@ -1,7 +1,7 @@
 """Sums with the steps written out; the answer stands on the last line's "Answer:".
 
-    prompt    7 + 1 + 6 =
-    response  7 + 1 = 8 ; 8 + 6 = 14 ; Answer: 14
+prompt    7 + 1 + 6 =
+response  7 + 1 = 8 ; 8 + 6 = 14 ; Answer: 14
 """
 
 import random
