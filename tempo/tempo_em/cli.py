@@ -31,6 +31,10 @@ def train(
         ),
     ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="Run folder; default runs/NAME-METHOD-seedN.")] = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(help="Begin the EM loop where this run's began (same seed, data, models): for comparing methods."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and resolve the recipe, build its parts, print it, stop.")
     ] = False,
@@ -38,7 +42,7 @@ def train(
     """Run a recipe from cold start to exported models."""
     from tempo_em.commands import train_command
 
-    raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, dry_run))
+    raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run))
 
 
 @app.command(name="eval")

@@ -46,7 +46,9 @@ def _exit_codes(command: Callable[P, None]) -> Callable[P, int]:
 
 
 @_exit_codes
-def train_command(recipe: str, settings: list[str], resume: str | None, run_dir: Path | None, dry_run: bool) -> None:
+def train_command(
+    recipe: str, settings: list[str], resume: str | None, run_dir: Path | None, start: Path | None, dry_run: bool
+) -> None:
     resolved = load_recipe(recipe, settings)
     if dry_run:
         _dry_run(resolved)
@@ -60,7 +62,8 @@ def train_command(recipe: str, settings: list[str], resume: str | None, run_dir:
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
     if resume not in (None, "auto") and not has_checkpoint:
         raise UserError(f"--resume {resume}: that folder holds no checkpoint")
-    training = Training(resolved, run_dir, make_display(), resume=resume is not None and has_checkpoint)
+    resumes = resume is not None and has_checkpoint
+    training = Training(resolved, run_dir, make_display(), resume=resumes, start_from=start)
     summary = training.run()
     console = Console()
     console.print(summary_table(summary["stages"]))

@@ -6,12 +6,12 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tempo_engine import checkpoint
 from tempo_engine.errors import UserError
 from tempo_engine.evaluate import evaluate
@@ -21,10 +21,13 @@ from tempo_em.build import Parts, build
 from tempo_em.console import Display, evaluation_line
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
+from tempo_em.recipe import Recipe
 from tempo_em.schedule import Stage
 
 # Settings that change neither weights nor data: a resumed run may differ in them.
-RESUME_MAY_CHANGE = ("checkpoint.", "evaluation.", "threads")
+RESUME_MAY_CHANGE = ("checkpoint.", "evaluation.every")
+# What happens before the EM loop: runs that start from the same point agree in these.
+START_MUST_SHARE = ("seed", "model.", "critic.", "data.", "rollout.", "cold_start.", "initialisation.")
 
 
 class Interrupted(Exception):
@@ -42,13 +45,15 @@ class Training:
     every random draw has a seed of its own occasion.
     """
 
-    def __init__(self, resolved: ResolvedRecipe, run_dir: Path, display: Display, *, resume: bool) -> None:
+    def __init__(
+        self, resolved: ResolvedRecipe, run_dir: Path, display: Display, *, resume: bool, start_from: Path | None = None
+    ) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.run_dir, self.display = run_dir, display
-        checkpoints = run_dir / "checkpoints"
-        saved = checkpoint.load_newest(checkpoints, display.note) if resume else None
+        saved = None
         if resume:
-            _check_same_recipe(self.recipe.model_dump(mode="json"), run_dir)
+            _check_same_recipe(self.recipe, run_dir, lambda path: not path.startswith(RESUME_MAY_CHANGE))
+            saved = checkpoint.load_newest(run_dir / "checkpoints", display.note)
         elif run_dir.exists() and any(run_dir.iterdir()):
             raise UserError(
                 f"the run folder {run_dir} is not empty; add --resume to go on with it, or choose another --run-dir"
@@ -66,10 +71,13 @@ class Training:
         if self.parts.cold_start:
             self.stages.append(("cold_start", self.parts.cold_start.iterations, self.parts.cold_start.iterate))
         self.stages += [(stage.name, stage.iterations, _bind(self.loop.iterate, stage)) for stage in self.parts.stages]
+        if not resume and start_from:
+            _check_same_recipe(self.recipe, start_from, lambda path: path.startswith(START_MUST_SHARE))
+            saved = checkpoint.load_newest(start_from / "start", display.note)
         if saved:
             self._restore(*saved[:2])
-            display.note(f"resuming from {saved[2]}")
-        else:
+            display.note(f"{'resuming' if resume else 'starting'} from {saved[2]}")
+        if not resume:
             self._open_folder()
 
     def run(self) -> dict[str, Any]:
@@ -122,6 +130,8 @@ class Training:
             self._evaluate("base", with_critic=False)
         if stage == "em" and "start" not in self.evaluations:
             self._evaluate("start")
+            # Kept for runs of other methods that shall begin at the same point (--start).
+            checkpoint.save(self.run_dir / "start", self.step, self._tensors(), self._state(), keep=1)
 
     def _evaluate(self, label: str, *, with_critic: bool = True) -> None:
         if label in self.evaluations:
@@ -204,17 +214,27 @@ class Training:
 
     def _save(self) -> None:
         with self.loop.clock.time("checkpoint"):
-            seconds = {k: v + self.earlier_seconds.get(k, 0.0) for k, v in self.loop.clock.total.items()}
-            state = {
-                "stage": self.stage, "iteration": self.iteration, "step": self.step,
-                "policy_version": self.loop.policy.version,
-                "cursors": {"labelled": self.loop.labelled.position, "unlabelled": self.loop.unlabelled.position},
-                "evaluations": self.evaluations, "tokens": self.tokens, "seconds": {**self.earlier_seconds, **seconds},
-                "metrics_size": self.metrics.size, "samples_size": self._samples_size,
-            }  # fmt: skip
-            checkpoint.save(
-                self.run_dir / "checkpoints", self.step, self._tensors(), state, keep=self.recipe.checkpoint.keep
-            )
+            folder = self.run_dir / "checkpoints"
+            checkpoint.save(folder, self.step, self._tensors(), self._state(), keep=self.recipe.checkpoint.keep)
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage,
+            "iteration": self.iteration,
+            "step": self.step,
+            "policy_version": self.loop.policy.version,
+            "cursors": {"labelled": self.loop.labelled.position, "unlabelled": self.loop.unlabelled.position},
+            "evaluations": self.evaluations,
+            "tokens": self.tokens,
+            "seconds": self._seconds(),
+            "metrics_size": self.metrics.size,
+            "samples_size": self._samples_size,
+        }
+
+    def _seconds(self) -> dict[str, float]:
+        """Seconds per phase, those before a resume included."""
+        total, earlier = self.loop.clock.total, self.earlier_seconds
+        return {phase: total.get(phase, 0.0) + earlier.get(phase, 0.0) for phase in {**earlier, **total}}
 
     def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
         loop = self.loop
@@ -235,16 +255,16 @@ class Training:
             if optimizer and own:
                 optimizer.load_state(own)
         loop.sampler.load(loop.policy)
-        self.metrics.cut(state["metrics_size"])
-        self._samples_size = state["samples_size"]
+        if self.metrics.path.exists():  # not in a run that starts from another one's state
+            self.metrics.cut(state["metrics_size"])
+            self._samples_size = state["samples_size"]
 
     def _finish(self) -> dict[str, Any]:
         """Summary, curves and exports."""
-        seconds = {k: v + self.earlier_seconds.get(k, 0.0) for k, v in self.loop.clock.total.items()}
         named = {label: self.evaluations[label] for label in ("base", "start", "final") if label in self.evaluations}
         summary = {
             "recipe": self.resolved.name, "method": self.recipe.method, "seed": self.recipe.seed,
-            "stages": named, "seconds": {**self.earlier_seconds, **seconds}, "tokens": self.tokens,
+            "stages": named, "seconds": self._seconds(), "tokens": self.tokens,
         }  # fmt: skip
         if self.recipe.checkpoint.export:
             checkpoint.export_policy(self.loop.policy, self.parts.tokenizer, self.run_dir / "policy")
@@ -265,17 +285,19 @@ def _verl_name(set_name: str, metric: str) -> str:
     return f"val-core/{set_name}/acc/{metric}" if is_core else f"val-aux/{set_name}/{metric}"
 
 
-def _check_same_recipe(recipe: dict[str, Any], run_dir: Path) -> None:
-    import yaml
-
-    with suppress(FileNotFoundError):
-        saved = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
-        for path in sorted({*_flat(saved), *_flat(recipe)}):
-            before, now = _flat(saved).get(path), _flat(recipe).get(path)
-            if before != now and not path.startswith(RESUME_MAY_CHANGE):
-                raise UserError(
-                    f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe"
-                )
+def _check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], bool]) -> None:
+    """Raises UserError naming the first setting that matters and differs from the run's."""
+    file = run_dir / "recipe.yaml"
+    if not file.is_file():
+        raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml")
+    saved = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+    wanted = _flat(recipe.model_dump(mode="json"))
+    for path in sorted({*saved, *wanted}):
+        before, now = saved.get(path), wanted.get(path)
+        if before != now and matters(path):
+            raise UserError(
+                f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe"
+            )
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
