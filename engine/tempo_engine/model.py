@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors import SafetensorError
 from tempo_kernels import TokenStats, linear_logprob, value_of, value_score
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tempo_engine.errors import UserError
+from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.packing import PackedBatch
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
@@ -34,8 +35,8 @@ def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTraine
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise UserError(f"transformers cannot load {path}: {str(error).splitlines()[0]}") from error
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"transformers cannot load {path}: {first_sentence(error)}") from error
 
 
 def create_causal_lm(config: dict[str, Any], *, dtype: str, attention: Attention, seed: int) -> PreTrainedModel:
@@ -50,7 +51,7 @@ def create_causal_lm(config: dict[str, Any], *, dtype: str, attention: Attention
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype], attn_implementation=attention)
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"model.create: transformers refuses {config}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"transformers cannot create model.create {config}: {first_sentence(error)}") from error
 
 
 def trunk_of(model: PreTrainedModel) -> nn.Module:

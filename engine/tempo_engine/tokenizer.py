@@ -7,7 +7,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from tempo_engine.errors import UserError
+from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.rollout import Prompt
 from tempo_engine.tasks.question import Question
 
@@ -19,7 +19,7 @@ def load_tokenizer(path: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"transformers finds no usable tokenizer in {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"transformers finds no usable tokenizer in {path}: {first_sentence(error)}") from error
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -1,0 +1,74 @@
+"""Shared by all tests: one thread, small models, quiet libraries."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tempo_engine.model import Policy, create_causal_lm
+from tempo_engine.rollout import Prompt, Rollout
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """Two busy OpenMP threads per process on two cores are far slower than one."""
+    torch.set_num_threads(1)
+
+
+SMALL: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2, "intermediate_size": 48},
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48},
+    "olmo3": {"num_key_value_heads": 2, "intermediate_size": 48, "sliding_window": 8},
+    "gemma2": {"num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 48, "final_logit_softcapping": 5.0},
+}
+
+
+@pytest.fixture()
+def make_policy() -> Callable[..., Policy]:
+    """A small random policy: make_policy("qwen3", seed=1)."""
+
+    def make(model_type: str = "llama", *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Policy:
+        config = {
+            "model_type": model_type,
+            "vocab_size": 40,
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": True,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+            "initializer_range": 0.2,
+            **SMALL[model_type],
+            **overrides,
+        }
+        return Policy(create_causal_lm(config, dtype=dtype, attention="eager" if model_type == "gemma2" else "sdpa", seed=seed))
+
+    return make
+
+
+@pytest.fixture()
+def make_rollouts() -> Callable[..., list[Rollout]]:
+    """Rollouts of random tokens with the given (prompt, response) lengths."""
+
+    def make(lengths: list[tuple[int, int]], *, vocab: int = 40, seed: int = 0) -> list[Rollout]:
+        generator = torch.Generator().manual_seed(seed)
+
+        def tokens(count: int) -> list[int]:
+            return torch.randint(2, vocab, (count,), generator=generator).tolist()
+
+        rollouts = []
+        for index, (prompt_length, response_length) in enumerate(lengths):
+            prompt = Prompt(str(index), "", tuple(tokens(prompt_length)))
+            ids = tokens(response_length)
+            rollouts.append(Rollout(prompt, ids, [-1.0] * len(ids), version=0, is_truncated=False, text=""))
+        return rollouts
+
+    return make

@@ -1,0 +1,67 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tempo_engine.packing import PackedBatch, pack
+from tempo_engine.rollout import Prompt, Rollout
+
+MakeRollouts = Callable[..., list[Rollout]]
+
+
+def rollout(prompt: tuple[int, ...], response: list[int]) -> Rollout:
+    return Rollout(Prompt("p", "", prompt), response, [-0.5] * len(response), 0, False, "")
+
+
+def test_positions_of_log_probs_and_values_by_hand() -> None:
+    batch = pack([rollout((5, 9), [7, 2]), rollout((4,), [3])])
+    assert batch.input_ids_N.tolist() == [5, 9, 7, 2, 4, 3]
+    assert batch.target_T.tolist() == [7, 2, 3]
+    assert batch.logprob_index_T.tolist() == [1, 2, 4]
+    assert batch.value_index_TS.tolist() == [1, 2, 3, 4, 5]
+    assert batch.cu_values_S1.tolist() == [0, 3, 5]
+
+
+def test_padding_is_on_the_right_and_reversible() -> None:
+    batch = pack([rollout((5, 9), [7, 2]), rollout((4,), [3])])
+    ids_BL, index_N = batch.padded()
+    assert ids_BL.tolist() == [[5, 9, 7, 2], [4, 3, 0, 0]]
+    assert torch.equal(ids_BL.flatten()[index_N], batch.input_ids_N)
+
+
+def test_select_takes_sequences_in_the_given_order() -> None:
+    rollouts = [rollout((5, 9), [7, 2]), rollout((4,), [3]), rollout((8, 8, 8), [1, 1, 1])]
+    chosen = pack(rollouts).select(torch.tensor([2, 0]))
+    wanted = pack([rollouts[2], rollouts[0]])
+    for name in ("input_ids_N", "cu_seqlens_S1", "cu_responses_S1", "sampler_logprob_T"):
+        assert torch.equal(getattr(chosen, name), getattr(wanted, name))
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    with pytest.raises(ValueError, match="no tokens"):
+        pack([rollout((), [1])])
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=20),
+    max_tokens=st.integers(1, 60),
+)
+def test_micro_batches_cover_every_sequence_once_within_the_budget(
+    lengths: list[tuple[int, int]], max_tokens: int
+) -> None:
+    batch = pack([rollout(tuple(range(p)), list(range(r))) for p, r in lengths])
+    parts = list(batch.micro_batches(torch.arange(len(batch)), max_tokens))
+    assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * int(batch.length_S[part].max()) <= max_tokens
+    longest = [int(batch.length_S[part].max()) for part in parts]
+    assert longest == sorted(longest, reverse=True)
+
+
+def test_packing_never_splits_a_rollout(make_rollouts: MakeRollouts) -> None:
+    rollouts = make_rollouts([(3, 4), (1, 1), (2, 7)])
+    batch: PackedBatch = pack(rollouts)
+    for row, r in enumerate(rollouts):
+        start, end = batch.cu_seqlens_S1[row], batch.cu_seqlens_S1[row + 1]
+        assert batch.input_ids_N[start:end].tolist() == [*r.prompt.token_ids, *r.response_ids]

@@ -1,0 +1,152 @@
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tempo_engine.model import Critic, Policy
+from tempo_engine.optim import Optimizer
+from tempo_engine.packing import PackedBatch, pack
+from tempo_engine.rollout import Rollout
+from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, imitate, improve_policy, token_logprobs
+
+MakePolicy = Callable[..., Policy]
+MakeRollouts = Callable[..., list[Rollout]]
+LENGTHS = [(3, 4), (1, 1), (5, 9), (2, 6), (4, 2)]
+
+
+def policy_update(**settings: Any) -> PolicyUpdate:
+    defaults = {"loss": "ppo", "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10_000, "clip_low": 0.2, "clip_high": 0.2}
+    return PolicyUpdate(**{**defaults, **settings})
+
+
+def critic_update(**settings: Any) -> CriticUpdate:
+    return CriticUpdate(**{"epochs": 1, "minibatches": 1, "micro_batch_tokens": 10_000, **settings})
+
+
+def step_of_policy(policy: Policy, batch: PackedBatch, how: PolicyUpdate, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Weights after an update with plain gradient descent's analogue: AdamW with a known learning rate."""
+    advantage_T = torch.linspace(-1, 1, int(batch.cu_responses_S1[-1]))
+    old_logprob_T = token_logprobs(policy, batch, 10_000)
+    optimizer = Optimizer(policy.parameters(), lr=1e-3)
+    improve_policy(policy, optimizer, batch, advantage_T, how, old_logprob_T=old_logprob_T, seed=seed)
+    return {name: p.detach().clone() for name, p in policy.parameters()}
+
+
+def gradients(parameters: list[tuple[str, torch.nn.Parameter]], update: Callable[[Optimizer], object]) -> torch.Tensor:
+    """The gradient an update hands to the optimiser, flattened; the step itself is not taken."""
+    optimizer = Optimizer(parameters, lr=0.0)
+    caught: list[torch.Tensor] = []
+
+    def catch() -> float:
+        caught.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for _, p in parameters]))
+        optimizer.adamw.zero_grad()
+        return 0.0
+
+    optimizer.step = catch  # pyright: ignore[reportAttributeAccessIssue]
+    update(optimizer)
+    assert len(caught) == 1
+    return caught[0].clone()
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "reinforce"])
+@pytest.mark.parametrize("aggregate", ["token_mean", "sequence_mean"])
+def test_policy_gradients_do_not_depend_on_micro_batches(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts, loss: str, aggregate: str
+) -> None:
+    batch = pack(make_rollouts(LENGTHS))
+    advantage_T = torch.linspace(-1, 1, int(batch.cu_responses_S1[-1]))
+    found = []
+    for tokens in (10_000, 20, 1):
+        policy = make_policy()
+        how = policy_update(loss=loss, aggregate=aggregate, micro_batch_tokens=tokens, entropy_coef=0.01)
+        found.append(
+            gradients(
+                policy.parameters(),
+                lambda o, p=policy, h=how: improve_policy(
+                    p, o, batch, advantage_T, h, old_logprob_T=batch.sampler_logprob_T, seed=0
+                ),
+            )
+        )
+    assert found[0].abs().max() > 1e-3
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_critic_gradients_do_not_depend_on_micro_batches(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    """I4: the release divides by the rows of a micro-batch; here only the minibatch's counts matter."""
+    batch, return_S = pack(make_rollouts(LENGTHS)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    found = []
+    for tokens in (10_000, 20, 1):
+        critic = Critic(make_policy(), backbone="separate", head="linear")
+        how = critic_update(micro_batch_tokens=tokens)
+        found.append(
+            gradients(critic.parameters(), lambda o, c=critic, h=how: fit_critic(c, o, batch, return_S, h, seed=0))
+        )
+    assert found[0].abs().max() > 1e-3
+    for other in found[1:]:
+        assert torch.allclose(found[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_the_critics_loss_is_the_mean_over_sequences_of_their_means(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    """With a zero head every value is 0, so the loss is half the mean of the squared outcomes, whatever the lengths."""
+    batch = pack(make_rollouts(LENGTHS))
+    critic = Critic(make_policy(), backbone="separate", head="linear")
+    optimizer = Optimizer(critic.parameters(), lr=0.0)
+    metrics = fit_critic(critic, optimizer, batch, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), critic_update(), seed=0)
+    assert metrics["critic/vf_loss"] == pytest.approx(0.5 * 2 / 5)
+
+
+@pytest.mark.parametrize(("head", "loss"), [("linear", "mse"), ("sigmoid", "mse"), ("sigmoid", "bce")])
+def test_a_fitted_critic_tells_right_from_wrong(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts, head: Any, loss: str
+) -> None:
+    batch, return_S = pack(make_rollouts(LENGTHS)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    critic = Critic(make_policy(), backbone="separate", head=head)
+    optimizer = Optimizer(critic.parameters(), lr=1e-2)
+    fit_critic(critic, optimizer, batch, return_S, critic_update(epochs=60, loss=loss), seed=0)
+    value_TS = critic.values(batch, 10_000)
+    terminal_S = value_TS[batch.cu_values_S1[1:] - 1]
+    assert terminal_S[return_S == 1].min() > terminal_S[return_S == 0].max()
+
+
+def test_rewarded_tokens_become_likelier_and_punished_ones_rarer(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    policy, batch = make_policy(), pack(make_rollouts([(3, 4), (2, 4)]))
+    advantage_T = torch.tensor([1.0] * 4 + [-1.0] * 4)
+    before = token_logprobs(policy, batch, 10_000)
+    optimizer = Optimizer(policy.parameters(), lr=1e-3)
+    metrics = improve_policy(policy, optimizer, batch, advantage_T, policy_update(), old_logprob_T=before, seed=0)
+    change = token_logprobs(policy, batch, 10_000) - before
+    assert change[:4].sum() > 0 > change[4:].sum()
+    assert policy.version == 1
+    assert metrics["actor/pg_clipfrac"] == 0
+    assert metrics["actor/grad_norm"] > 0
+
+
+def test_the_same_update_gives_the_same_bits(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    batch, how = pack(make_rollouts(LENGTHS)), policy_update(minibatches=2, epochs=2, micro_batch_tokens=20)
+    first = step_of_policy(make_policy(), batch, how)
+    again = step_of_policy(make_policy(), batch, how)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_imitation_learns_its_traces(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    policy, batch = make_policy(), pack(make_rollouts([(3, 4), (2, 5)]))
+    optimizer = Optimizer(policy.parameters(), lr=1e-2)
+    losses = [imitate(policy, optimizer, batch, micro_batch_tokens=8)["sft/loss"] for _ in range(40)]
+    assert losses[-1] < 0.1 < losses[0]
+
+
+def test_a_non_finite_advantage_skips_the_step_and_keeps_the_weights(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    policy, batch = make_policy(), pack(make_rollouts([(3, 4)]))
+    before = [p.detach().clone() for _, p in policy.parameters()]
+    optimizer = Optimizer(policy.parameters(), lr=1e-2)
+    advantage_T = torch.tensor([1.0, float("nan"), 1.0, 1.0])
+    improve_policy(policy, optimizer, batch, advantage_T, policy_update(), old_logprob_T=batch.sampler_logprob_T, seed=0)
+    assert optimizer.num_skipped == 1
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.parameters(), strict=True))
