@@ -58,4 +58,5 @@ def _curves(axis: Any, points: Sequence[tuple[int, Mapping[str, Any]]], names: M
             axis.plot(*zip(*xy, strict=True), marker="o", markersize=3, label=label, color=colour)
     axis.set(title=title, xlabel="EM iteration", ylim=(0, 1))
     axis.grid(alpha=0.25)
-    axis.legend(loc="best", fontsize=8)
+    if axis.lines:
+        axis.legend(loc="best", fontsize=8)

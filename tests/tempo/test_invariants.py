@@ -1,0 +1,173 @@
+"""What must hold whatever the numbers are: labels do not leak, switches mean what they say."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tempo_em.presets import PRESETS
+from tempo_em.schedule import EMLoop, Stage, advantages
+from tempo_em.train import Training
+from tempo_engine.evaluate import EvaluationSet
+from tempo_engine.packing import pack
+from tempo_engine.rollout import Labelled
+from torch import Tensor
+
+Train = Callable[..., Training]
+Weights = Callable[[Training], dict[str, Tensor]]
+
+
+def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def stage(training: Training, name: str) -> Stage:
+    return next(s for s in training.parts.stages if s.name == name)
+
+
+@pytest.mark.parametrize("method", ["tempo", "tempo_pure", "ttrl"])
+def test_corrupting_every_answer_of_the_unlabelled_questions_leaves_all_weights_bit_identical(
+    monkeypatch: pytest.MonkeyPatch, train: Train, weights: Weights, method: str
+) -> None:
+    """I5: the audit's answers may change its metrics, never a weight."""
+    honest = train(f"method={method}")
+    original = EvaluationSet.__init__
+
+    def corrupted(self: EvaluationSet, name: str, items: list[Labelled], extract: Any) -> None:
+        wrong = [replace(item, answers=frozenset({"+9"})) for item in items] if name == "unlabelled" else items
+        original(self, name, wrong, extract)
+
+    monkeypatch.setattr(EvaluationSet, "__init__", corrupted)
+    deceived = train(f"method={method}")
+    assert same(weights(honest), weights(deceived))
+    audit = [t.evaluations["final"]["unlabelled"]["mean@4"] for t in (honest, deceived)]
+    assert audit[1] == 0.0, "the corruption must have reached the audit"
+
+
+def test_the_m_step_has_no_labels_of_unlabelled_questions_in_reach(prepare: Train) -> None:
+    loop = prepare().loop
+    assert all(not hasattr(prompt, "answers") for prompt in loop.unlabelled.items)
+    assert "EvaluationSet" not in {type(value).__name__ for value in vars(loop).values()}
+
+
+def test_frozen_critic_is_the_e_step_skipped_is_a_learning_rate_of_zero(train: Train, weights: Weights) -> None:
+    """I6: three ways to say that the critic stays as it is; with weight decay, which a rate of 0 must switch off too."""
+    frozen = train("method=frozen_critic", "em.labelled_share=0.5", "em.train_policy_on_labelled=true")
+    skipped = train("estep.every=0")
+    no_rate = train("estep.optim.lr=0", "estep.optim.weight_decay=0.1")
+    assert same(weights(frozen), weights(skipped))
+    assert same(weights(frozen), weights(no_rate))
+    assert not same(weights(frozen), weights(train()))
+
+
+def test_the_critic_learns_nothing_without_labelled_rows(prepare: Train) -> None:
+    """I4: an E-step without labelled rows changes no parameter, weight decay included."""
+    loop = prepare("estep.optim.weight_decay=0.1").loop
+    assert loop.critic is not None
+    before = [p.detach().clone() for _, p in loop.critic.parameters()]
+    assert loop.e_step([], torch.empty(0), "em/0") == {}
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, loop.critic.parameters(), strict=True))
+
+
+def test_the_critic_is_the_same_however_many_unlabelled_responses_there_are(train: Train, weights: Weights) -> None:
+    """I4: with the policy at rest, 32 labelled rows give the same critic beside 32 and beside 64 unlabelled rows."""
+    few = train("mstep.optim.lr=0", "em.rollouts=64", "em.labelled_share=0.5")
+    many = train("mstep.optim.lr=0", "em.rollouts=96", "em.labelled_share=0.33333334")
+    assert few.loop.labelled.position == many.loop.labelled.position
+    assert few.loop.unlabelled.position < many.loop.unlabelled.position
+    assert same(weights(few), weights(many))
+
+
+def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only(prepare: Train) -> None:
+    """I7: labelled groups without signal are replaced, unlabelled ones never are; the batch has exactly B n rows."""
+    training = prepare("estep.filter=zero_variance")
+    em = stage(training, "em")
+    labelled, reward_S = training.loop.sample_labelled(em, "em/0")
+    groups = reward_S.view(-1, 2)
+    assert len(labelled) == 32
+    assert (groups[:, 0] != groups[:, 1]).all()
+    assert len(training.loop.sample_unlabelled(em, "em/0")) == 32
+
+
+def test_a_labelled_set_without_signal_ends_the_refilling(prepare: Train) -> None:
+    training = prepare("estep.filter=zero_variance", "cold_start.steps=0")  # an untrained policy is never right
+    labelled, reward_S = training.loop.sample_labelled(stage(training, "em"), "em/0")
+    assert labelled == []
+    assert len(reward_S) == 0
+
+
+def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
+    labelled, reward_S = loop.sample_labelled(em, "k")
+    rollouts = [*loop.sample_unlabelled(em, "k"), *labelled]
+    batch = pack(rollouts)
+    return batch, loop.values(batch), torch.arange(len(rollouts)) >= len(rollouts) - len(labelled)
+
+
+def test_each_population_is_whitened_by_itself(prepare: Train) -> None:
+    training = prepare()
+    loop = training.loop
+    assert loop.critic is not None
+    loop.critic.weight.data.normal_()
+    batch, value_TS, is_labelled_S = sampled(loop, stage(training, "em"))
+    outcome_S = torch.rand(len(batch))
+    advantage_T, _ = advantages(loop.recipe, outcome_S, value_TS, batch, torch.arange(len(batch)), is_labelled_S)
+    labelled_T = is_labelled_S.repeat_interleave(batch.response_length_S)
+    for population in (advantage_T[labelled_T], advantage_T[~labelled_T]):
+        assert abs(float(population.mean())) < 1e-5
+        assert abs(float(population.std()) - 1) < 1e-4
+
+
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_method_trains_and_reports(train: Train, weights: Weights, method: str) -> None:
+    training = train(f"method={method}")
+    rows = training.metrics.rows()
+    em = [row for row in rows if row.get("stage") == "em"]
+    assert len(em) == 2
+    assert all(torch.isfinite(w).all() for w in weights(training).values())
+    recalibrates = training.recipe.estep.every > 0
+    assert all(("critic/vf_loss" in row) == recalibrates for row in em)
+    trains_on_labels = method in ("tempo", "rlvr")
+    labelled_share = {"tempo": 0.5, "tempo_pure": 0.5, "rlvr": 1.0}.get(method, 0.0)
+    assert all(row["rollout/labelled_share"] == labelled_share for row in em)
+    assert training.parts.stages[-1].trains_on_labelled == trains_on_labels
+    assert training.evaluations["final"]["unlabelled"].keys() >= {"mean@4", "pass@4", "maj@4", "distinct_answers"}
+    assert training.tokens["em_generated"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("em.order=lagged", "em.terminal=last_prefix"),
+        ("critic.target=plus_minus_one", "estep.clip=sequence_mean", "mstep.normalise=whiten"),
+        ("critic.head=sigmoid", "critic.loss=bce", "mstep.loss=gspo"),
+        ("critic.backbone=shared", "mstep.loss=reinforce", "mstep.normalise=scale_per_population"),
+        ("em.posterior=random", "mstep.baseline=none", "mstep.normalise=none", "mstep.entropy_coef=0.01", "estep.every=0"),
+        ("estep.every=2", "mstep.baseline=group_mean", "mstep.old_logprob=sampler", "mstep.dual_clip=3"),
+    ],
+)
+def test_switches_combine_freely(train: Train, weights: Weights, settings: tuple[str, ...]) -> None:
+    training = train(*settings)
+    assert all(torch.isfinite(w).all() for w in weights(training).values())
+    assert training.loop.policy.version > 0
+
+
+def test_lagged_and_fresh_values_differ(train: Train, weights: Weights) -> None:
+    assert not same(weights(train("em.order=e_then_m")), weights(train("em.order=lagged")))
+
+
+def test_recalibration_follows_its_cadence(train: Train) -> None:
+    rows = train("em.iterations=4", "estep.every=3").metrics.rows()
+    assert ["critic/vf_loss" in row for row in rows if row.get("stage") == "em"] == [True, False, False, True]
+
+
+def test_a_voting_method_without_initialisation_holds_no_critic(train: Train) -> None:
+    training = train("method=ttrl", "initialisation.critic_warmup=0", "initialisation.rlvr=0")
+    assert training.loop.critic is None
+    assert "critic/auroc" not in training.evaluations["final"]["unlabelled"]
+
+
+def test_sampler_and_trainer_log_probs_agree_during_training(train: Train) -> None:
+    gaps = [row["rollout/logprob_diff_max"] for row in train().metrics.rows() if "rollout/logprob_diff_max" in row]
+    assert gaps
+    assert all(isinstance(gap, float) and gap < 1e-4 for gap in gaps)

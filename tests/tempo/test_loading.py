@@ -1,0 +1,172 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tempo_em.loading import load_recipe, packaged_recipes, parse_setting, resolve
+from tempo_em.presets import PRESETS
+from tempo_engine.errors import UserError
+
+MINIMAL: dict[str, Any] = {
+    "model": {"create": {"model_type": "llama"}},
+    "data": {
+        "labelled": {"generator": "signs", "count": 8},
+        "unlabelled": {"generator": "signs", "count": 4},
+    },
+}
+
+
+def refusal(recipe: dict[str, Any], *settings: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve("test", recipe, [parse_setting(s) for s in settings])
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def merged(**changes: Any) -> dict[str, Any]:
+    return {**MINIMAL, **changes}
+
+
+def test_an_unknown_key_is_answered_with_its_path_the_nearest_name_and_the_choices() -> None:
+    message = refusal(merged(rollout={"temprature": 1.0}))
+    assert message.startswith("rollout.temprature is not an option (did you mean temperature?); rollout takes temperature, top_p")
+
+
+def test_an_unknown_key_of_a_source_names_that_sources_options() -> None:
+    data = {**MINIMAL["data"], "unlabelled": {"generator": "signs", "count": 4, "uniqe": True}}
+    message = refusal(merged(data=data))
+    assert message.startswith("data.unlabelled.uniqe is not an option (did you mean unique?)")
+    assert "largest" in message
+
+
+def test_an_unknown_key_at_the_top_lists_the_sections() -> None:
+    assert "(did you mean estep?); a recipe takes method, seed" in refusal(merged(estpe={}))
+
+
+def test_an_unknown_evaluation_set_option_is_found_inside_the_dictionary() -> None:
+    data = {**MINIMAL["data"], "evaluation": {"heldout": {"generator": "sums", "count": 3, "larges": 4}}}
+    assert "data.evaluation.heldout.larges is not an option (did you mean largest?)" in refusal(merged(data=data))
+
+
+def test_scientific_notation_is_a_number_in_files_and_settings() -> None:
+    text = yaml.safe_load("mstep: {optim: {lr: 1e-6}}")
+    resolved = resolve("test", merged(**text), [parse_setting("estep.optim.lr=2e-5")])
+    assert resolved.recipe.mstep.optim.lr == 1e-6
+    assert resolved.recipe.estep.optim.lr == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("setting", "place"),
+    [
+        ("rollout.temperature=0", "rollout.temperature"),
+        ("em.labelled_share=1.5", "em.labelled_share"),
+        ("em.rollouts=many", "em.rollouts"),
+        ("mstep.loss=gpso", "mstep.loss"),
+        ("seed=-1", "seed"),
+        ("data.labelled.terms=[]", "data.labelled.terms"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_their_path(setting: str, place: str) -> None:
+    assert refusal(MINIMAL, setting).startswith(f"{place}: ")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        (["method=ttrl", "estep.every=2"], "nothing reads a critic"),
+        (["method=frozen_critic"], "never fitted"),
+        (["method=tempo", "em.labelled_share=0"], "no labelled prompts"),
+        (["em.posterior=label"], "no labels for unlabelled prompts"),
+        (["mstep.normalise=group_std"], "belongs to baseline group_mean"),
+        (["method=ttrl", "em.group_size=1"], "one response"),
+        (["mstep.old_logprob=sampler", "rollout.top_p=0.9"], "truncated distribution"),
+        (["critic.loss=bce"], "sigmoid"),
+        (["em.rollouts=1", "em.labelled_share=0", "method=ttrl"], "less than one group"),
+        (["cold_start.mix={right: 0.5}"], "add up to 1"),
+    ],
+)
+def test_contradictions_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
+    assert reason in refusal(MINIMAL, *settings)
+
+
+def test_a_model_is_loaded_or_created_but_not_both_or_neither() -> None:
+    assert "either path" in refusal(merged(model={}))
+    assert "either path" in refusal(merged(model={"path": "x", "create": {"model_type": "llama"}}))
+    assert "model_type" in refusal(merged(model={"create": {"hidden_size": 3}}))
+
+
+def test_a_missing_section_is_named() -> None:
+    assert refusal({"model": MINIMAL["model"]}).startswith("data is missing")
+
+
+def test_an_unknown_method_is_answered_with_the_nearest() -> None:
+    assert "did you mean tempo?" in refusal(merged(method="temppo"))
+
+
+def test_the_last_setting_wins_and_every_value_knows_its_origin() -> None:
+    recipe = merged(method="ttrl", em={"rollouts": 128})
+    settings = [parse_setting(s) for s in ("em.group_size=4", "em.group_size=16")]
+    resolved = resolve("test", recipe, settings)
+    assert resolved.recipe.em.group_size == 16
+    assert resolved.origin["em.group_size"] == "--set"
+    assert resolved.origin["em.rollouts"] == "file"
+    assert resolved.origin["em.posterior"] == "preset ttrl"
+    assert "mstep.clip_low" not in resolved.origin
+
+
+def test_the_resolved_recipe_is_a_recipe_again() -> None:
+    resolved = resolve("test", merged(method="ttrl"), [parse_setting("seed=3")])
+    text = resolved.to_yaml()
+    assert "seed: 3  # --set" in text
+    assert "posterior: majority_vote  # preset ttrl" in text
+    again = resolve("test", yaml.safe_load(text), [])
+    assert again.recipe == resolved.recipe
+
+
+def test_a_file_overrides_the_preset_and_a_setting_overrides_both() -> None:
+    recipe = merged(method="tempo_pure", em={"train_policy_on_labelled": True})
+    assert resolve("test", recipe, []).recipe.em.train_policy_on_labelled
+    assert not resolve("test", recipe, [("em.train_policy_on_labelled", False)]).recipe.em.train_policy_on_labelled
+
+
+def test_paths_in_a_recipe_are_relative_to_its_file(tmp_path: Path) -> None:
+    data = {**MINIMAL["data"], "unlabelled": {"jsonl": "questions.jsonl"}}
+    file = tmp_path / "recipe.yaml"
+    file.write_text(yaml.safe_dump(merged(data=data)))
+    source = load_recipe(str(file), []).recipe.data.unlabelled
+    assert getattr(source, "jsonl", None) == tmp_path / "questions.jsonl"
+
+
+def test_a_generated_source_can_be_replaced_by_a_file_with_one_setting() -> None:
+    source = resolve("t", MINIMAL, [parse_setting("data.unlabelled={jsonl: q.jsonl}")]).recipe.data.unlabelled
+    assert getattr(source, "jsonl", None) == Path("q.jsonl")
+
+
+def test_missing_recipes_and_broken_yaml_are_refused(tmp_path: Path) -> None:
+    for where, reason in [("quickstrat", "did you mean quickstart?"), ("no/such.yaml", "does not exist")]:
+        with pytest.raises(UserError, match=reason.replace("?", r"\?")):
+            load_recipe(where, [])
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("em: [1, 2")
+    with pytest.raises(UserError, match="not valid YAML"):
+        load_recipe(str(broken), [])
+    broken.write_text("- a list")
+    with pytest.raises(UserError, match="must hold keys"):
+        load_recipe(str(broken), [])
+
+
+@pytest.mark.parametrize("setting", ["novalue", "=3", "a..b=1", "a.b=[1"])
+def test_a_malformed_setting_is_refused(setting: str) -> None:
+    with pytest.raises(UserError, match="--set"):
+        parse_setting(setting)
+
+
+@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("method", PRESETS)
+def test_every_packaged_recipe_runs_every_method_by_changing_one_line(name: str, method: str) -> None:
+    recipe = load_recipe(name, [f"method={method}"]).recipe
+    assert recipe.method == method
+    labelled, unlabelled = recipe.groups(recipe.em.labelled_share)
+    sampled = labelled * recipe.em.labelled_group_size + unlabelled * recipe.em.group_size
+    assert sampled == recipe.em.rollouts, "methods are compared at equal numbers of sampled responses"
