@@ -29,7 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_policy() -> Callable[..., Policy]:
     """A small random policy: make_policy("qwen3", seed=1)."""
 
@@ -49,12 +49,14 @@ def make_policy() -> Callable[..., Policy]:
             **SMALL[model_type],
             **overrides,
         }
-        return Policy(create_causal_lm(config, dtype=dtype, attention="eager" if model_type == "gemma2" else "sdpa", seed=seed))
+        return Policy(
+            create_causal_lm(config, dtype=dtype, attention="eager" if model_type == "gemma2" else "sdpa", seed=seed)
+        )
 
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def make_rollouts() -> Callable[..., list[Rollout]]:
     """Rollouts of random tokens with the given (prompt, response) lengths."""
 

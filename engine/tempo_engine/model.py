@@ -20,17 +20,22 @@ Attention = Literal["eager", "sdpa", "flash_attention_2"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
-def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTrainedModel:
-    """A causal language model from a Hugging Face directory (config.json and safetensors; never pickles, never remote code).
-
-    Raises UserError when the directory, its config or its weights are missing or unusable.
-    """
+def require_model_directory(path: Path) -> None:
+    """Raises UserError when the directory lacks its config or its safetensors weights."""
     if not (path / "config.json").is_file():
         raise UserError(f"model.path must be a Hugging Face model directory, but {path}/config.json does not exist")
     if not any(path.glob("*.safetensors")):
         raise UserError(
             f"{path} has no *.safetensors weights; save the model with save_pretrained() into that directory"
         )
+
+
+def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTrainedModel:
+    """A causal language model from a Hugging Face directory (config.json and safetensors; never pickles, never remote code).
+
+    Raises UserError when the directory, its config or its weights are missing or unusable.
+    """
+    require_model_directory(path)
     try:
         return AutoModelForCausalLM.from_pretrained(
             path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True

@@ -71,6 +71,7 @@ class Optimizer:
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.num_steps, self.num_skipped = tensors["num_steps"].tolist()
+        self.adamw.state.clear()
         for name, parameter in self.named.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors]
             if keys:

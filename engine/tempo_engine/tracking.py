@@ -79,7 +79,7 @@ class MetricsFile:
     def cut(self, size: int) -> None:
         if self.path.exists():
             with self.path.open("r+b") as file:
-                file.truncate(size)
+                file.truncate(min(size, self.size))
 
     def rows(self) -> list[dict[str, object]]:
         if not self.path.exists():

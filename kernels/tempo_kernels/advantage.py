@@ -52,16 +52,20 @@ def advantage(outcome_S: Tensor, value_TS: Tensor, cu_seqlens_S1: Tensor) -> Ten
 def whiten(advantage_T: Tensor, population_T: Tensor, *, center: bool = True, eps: float = 1e-8) -> Tensor:
     """(A - mean) / sqrt(var + eps), with mean and (unbiased) variance taken over each population by itself, [T] float32.
 
-    `population_T` holds a small integer per token (all zeros: one population). With `center=False` the mean is only used for
-    the variance: the sign of an advantage is kept. Statistics are float64. A population of one token has no variance; it is
-    centred (to 0) or left as it is.
+    `population_T` holds a small integer per token (all zeros: one population). With `center=False` A is only divided by its
+    scale, sqrt(mean(A^2) + eps), which keeps its sign. Statistics are float64. A population of one token is centred to 0.
     """
     out_T = torch.empty_like(advantage_T, dtype=torch.float32)
     for population in population_T.unique().tolist():
         rows = population_T == population
         x = advantage_T[rows].double()
-        var = x.var() if len(x) > 1 else x.new_ones(())
-        out_T[rows] = ((x - x.mean() if center else x) / (var + eps).sqrt()).float()
+        if center:
+            var = x.var() if len(x) > 1 else x.new_ones(())
+            x = x - x.mean()
+        else:
+            # About zero, not about the mean: advantages that hardly differ must not blow up.
+            var = (x**2).mean()
+        out_T[rows] = (x / (var + eps).sqrt()).float()
     return out_T
 
 

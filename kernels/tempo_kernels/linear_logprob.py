@@ -37,7 +37,7 @@ def linear_logprob_reference(
     temperature: float = 1.0,
     softcap: float | None = None,
 ) -> TokenStats:
-    """The definition, with all logits at once, in float32 (float64 when hidden is)."""
+    """The definition, with all logits at once: product in the dtype of hidden, the rest in float32 (float64 for float64)."""
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
     logits_TV = (hidden_TD @ head_VD.to(hidden_TD.dtype).T).to(dtype)
     if bias_V is not None:

@@ -62,6 +62,7 @@ def policy_loss(
             "logprob, old_logprob, advantage and weight must have one entry per response token "
             f"({int(cu_seqlens_S1[-1])}), got {len(logprob_T)}, {len(old_logprob_T)}, {len(advantage_T)}, {len(weight_T)}"
         )
+    old_logprob_T, advantage_T = old_logprob_T.detach(), advantage_T.detach()
     log_ratio_T = logprob_T - old_logprob_T
     if kind == "reinforce":
         loss_T = -advantage_T * logprob_T

@@ -10,8 +10,9 @@ def segment_lengths(cu_seqlens_S1: Tensor) -> Tensor:
 
     Raises ValueError when the boundaries do not start at 0 or when they decrease.
     """
-    length_S = cu_seqlens_S1.diff()
-    if cu_seqlens_S1.ndim != 1 or len(cu_seqlens_S1) == 0 or cu_seqlens_S1[0] != 0 or (length_S < 0).any():
+    is_vector = cu_seqlens_S1.ndim == 1 and len(cu_seqlens_S1) > 0
+    length_S = cu_seqlens_S1.diff() if is_vector else cu_seqlens_S1
+    if not is_vector or cu_seqlens_S1[0] != 0 or (length_S < 0).any():
         raise ValueError(
             f"cu_seqlens must be a vector that starts at 0 and never decreases, got {cu_seqlens_S1.tolist()[:8]}"
         )

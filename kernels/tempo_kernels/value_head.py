@@ -9,7 +9,7 @@ and, with the outcome R of the sequence on every one of its tokens and weights w
 """
 
 # Shape letters: N = packed value positions, D = hidden size, S = sequences
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -58,8 +58,14 @@ def value_loss(
     sequence (the authors' release of TEMPO: V^clip = V + clip(mean dV, +-range) - mean dV); the larger of the two losses counts.
 
     Raises:
-        ValueError: BCE with a linear head, a clip with BCE, or a clip without the old values it needs.
+        ValueError: an unknown choice, shapes that differ, BCE with a linear head or a clip, a clip without its old values.
     """
+    for name, value, choices in (("head", head, HeadKind), ("loss", loss, ValueLossKind), ("clip", clip, ValueClip)):
+        if value not in get_args(choices):
+            raise ValueError(f"{name} must be one of {', '.join(get_args(choices))}, got {value!r}")
+    if not score_N.shape == return_N.shape == weight_N.shape:
+        shapes = [tuple(x.shape) for x in (score_N, return_N, weight_N)]
+        raise ValueError(f"score, return and weight must have one shape, got {shapes}")
     value_N = value_of(score_N, head)
     if loss == "bce":
         if head != "sigmoid" or clip != "none":

@@ -8,7 +8,7 @@ import torch
 from tempo_engine.cursor import Cursor
 from tempo_engine.errors import UserError
 from tempo_engine.evaluate import EvaluationSet
-from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm
+from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm, require_model_directory
 from tempo_engine.optim import Optimizer, schedule_factor
 from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers.local import LocalSampler
@@ -50,6 +50,8 @@ def build(recipe: Recipe) -> Parts:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if recipe.model.path:
+        require_model_directory(recipe.model.path)
     datasets = load_datasets(recipe)
     tokenizer = load_tokenizer(recipe.model.path) if recipe.model.path else tokenizer_for(datasets)
 

@@ -252,6 +252,7 @@ def rollout_metrics(labelled: Sequence[Rollout], reward_S: Tensor, unlabelled: S
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
         "rollout/labelled_share": len(labelled) / len(rollouts),
+        "rollout/responses": float(len(rollouts)),
         "tokens/generated": float(sum(lengths)),
         "rollout/version": float(rollouts[0].version),
     }

@@ -40,7 +40,7 @@ def test_an_integer_has_one_spelling(written: str, meant: str):
 
 
 @pytest.mark.parametrize(
-    "written", ["3.5", "1,00", "1,0000", ",000", "1 000", "+-5", "--5", "1e3", "٣", "x", "\\frac{1}{2}", "-"]
+    "written", ["3.5", "1,00", "1,0000", ",000", "1 000", "+-5", "--5", "1e3", "٣", "+٣", "x", "\\frac{1}{2}", "-"]
 )
 def test_what_is_no_integer_stays_as_it_is(written: str):
     assert canonical(written) == written
@@ -56,7 +56,6 @@ def test_an_integer_too_long_to_be_an_answer_is_not_rewritten():
 
 
 @pytest.mark.parametrize("written", ["$42$.", "5 .", "$ $5$", "$5.$."])
-@pytest.mark.xfail(strict=True, reason="$, spaces and the full stop are removed once, in a fixed order")
 def test_dollars_spaces_and_full_stop_go_in_any_order(written: str):
     assert canonical(written) in ("42", "5")
 
@@ -64,7 +63,6 @@ def test_dollars_spaces_and_full_stop_go_in_any_order(written: str):
 @given(answer_text)
 @example("$42$.")
 @settings(deadline=None)
-@pytest.mark.xfail(strict=True, reason="$, spaces and the full stop are removed once, in a fixed order")
 def test_canonical_is_idempotent(text: str):
     assert canonical(canonical(text)) == canonical(text)
 
@@ -130,7 +128,6 @@ def test_answer_line_reads_what_follows_the_last_answer(response: str, answer: s
     assert answer_line(response) == answer
 
 
-@pytest.mark.xfail(strict=True, reason="the first match of a line takes the rest of the line")
 def test_answer_line_reads_the_last_of_two_answers_on_one_line():
     assert answer_line("Answer: 5 no, Answer: 6") == "6"
 

@@ -21,7 +21,12 @@ def write(folder: Path, step: int) -> Path:
 
 
 def test_a_checkpoint_comes_back_bit_for_bit(tmp_path: Path) -> None:
-    tensors = {"a/w": torch.randn(5, 3), "b/step": torch.tensor(7.0), "c": torch.arange(4), "d": torch.randn(2).bfloat16()}
+    tensors = {
+        "a/w": torch.randn(5, 3),
+        "b/step": torch.tensor(7.0),
+        "c": torch.arange(4),
+        "d": torch.randn(2).bfloat16(),
+    }
     checkpoint.save(tmp_path, 3, tensors, {"iteration": 3, "names": ["x"]})
     loaded, state, path = checkpoint.load_newest(tmp_path)
     assert path.name == "step-00000003"

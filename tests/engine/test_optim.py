@@ -209,7 +209,6 @@ def test_a_loaded_state_is_not_changed_by_the_steps_that_follow():
     assert all(torch.equal(state[name], kept[name]) for name in kept)
 
 
-@pytest.mark.xfail(strict=True, reason="moments that a loaded state does not mention stay")
 def test_loading_a_fresh_state_forgets_the_moments():
     _, fresh_optimizer = model_and_optimizer()
     model, optimizer = model_and_optimizer()

@@ -15,7 +15,14 @@ LENGTHS = [(3, 4), (1, 1), (5, 9), (2, 6), (4, 2)]
 
 
 def policy_update(**settings: Any) -> PolicyUpdate:
-    defaults = {"loss": "ppo", "epochs": 1, "minibatches": 1, "micro_batch_tokens": 10_000, "clip_low": 0.2, "clip_high": 0.2}
+    defaults = {
+        "loss": "ppo",
+        "epochs": 1,
+        "minibatches": 1,
+        "micro_batch_tokens": 10_000,
+        "clip_low": 0.2,
+        "clip_high": 0.2,
+    }
     return PolicyUpdate(**{**defaults, **settings})
 
 
@@ -38,7 +45,9 @@ def gradients(parameters: list[tuple[str, torch.nn.Parameter]], update: Callable
     caught: list[torch.Tensor] = []
 
     def catch() -> float:
-        caught.append(torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for _, p in parameters]))
+        caught.append(
+            torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for _, p in parameters])
+        )
         optimizer.adamw.zero_grad()
         return 0.0
 
@@ -147,6 +156,8 @@ def test_a_non_finite_advantage_skips_the_step_and_keeps_the_weights(
     before = [p.detach().clone() for _, p in policy.parameters()]
     optimizer = Optimizer(policy.parameters(), lr=1e-2)
     advantage_T = torch.tensor([1.0, float("nan"), 1.0, 1.0])
-    improve_policy(policy, optimizer, batch, advantage_T, policy_update(), old_logprob_T=batch.sampler_logprob_T, seed=0)
+    improve_policy(
+        policy, optimizer, batch, advantage_T, policy_update(), old_logprob_T=batch.sampler_logprob_T, seed=0
+    )
     assert optimizer.num_skipped == 1
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.parameters(), strict=True))

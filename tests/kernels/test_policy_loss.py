@@ -141,7 +141,7 @@ def test_gspo_s_token_moves_no_other_token_of_its_sequence():
 @pytest.mark.parametrize(
     "kind",
     [
-        pytest.param("ppo", marks=pytest.mark.xfail(strict=True, reason="the docstring says logprob_T only")),
+        "ppo",
         "gspo",
         "reinforce",
     ],

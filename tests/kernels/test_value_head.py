@@ -265,7 +265,6 @@ def test_a_sequence_clip_wants_the_boundaries():
 
 
 @pytest.mark.parametrize("option", ["head", "loss", "clip"])
-@pytest.mark.xfail(strict=True, reason="an unknown head, loss or clip is taken for linear, mse or sequence_mean")
 def test_an_unknown_head_loss_or_clip_is_refused(option: str):
     options = {**sequence_clip(torch.zeros(1), [1]), option: "unheard-of"}
     with pytest.raises(ValueError, match="unheard-of"):

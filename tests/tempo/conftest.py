@@ -24,7 +24,7 @@ def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-@pytest.fixture()
+@pytest.fixture
 def prepare(tmp_path: Path, started: Path) -> Callable[..., Training]:
     """prepare("method=ttrl", ...): a run of the tiny recipe with these settings, at the start of its EM loop where the settings
     allow that, else before its (shortened) cold start."""
@@ -41,7 +41,7 @@ def prepare(tmp_path: Path, started: Path) -> Callable[..., Training]:
     return make
 
 
-@pytest.fixture()
+@pytest.fixture
 def train(prepare: Callable[..., Training]) -> Callable[..., Training]:
     """train("method=ttrl", ...): the same, run to its end."""
 
@@ -53,7 +53,7 @@ def train(prepare: Callable[..., Training]) -> Callable[..., Training]:
     return run
 
 
-@pytest.fixture()
+@pytest.fixture
 def weights() -> Callable[[Training], dict[str, torch.Tensor]]:
     def read(training: Training) -> dict[str, torch.Tensor]:
         named = training.loop.policy.parameters()

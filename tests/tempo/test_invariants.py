@@ -53,7 +53,7 @@ def test_the_m_step_has_no_labels_of_unlabelled_questions_in_reach(prepare: Trai
 
 def test_frozen_critic_is_the_e_step_skipped_is_a_learning_rate_of_zero(train: Train, weights: Weights) -> None:
     """I6: three ways to say that the critic stays as it is; with weight decay, which a rate of 0 must switch off too."""
-    frozen = train("method=frozen_critic", "em.labelled_share=0.5", "em.train_policy_on_labelled=true")
+    frozen = train("method=frozen_critic")
     skipped = train("estep.every=0")
     no_rate = train("estep.optim.lr=0", "estep.optim.weight_decay=0.1")
     assert same(weights(frozen), weights(skipped))
@@ -98,7 +98,7 @@ def test_a_labelled_set_without_signal_ends_the_refilling(prepare: Train) -> Non
 
 
 def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
-    labelled, reward_S = loop.sample_labelled(em, "k")
+    labelled, _ = loop.sample_labelled(em, "k")
     rollouts = [*loop.sample_unlabelled(em, "k"), *labelled]
     batch = pack(rollouts)
     return batch, loop.values(batch), torch.arange(len(rollouts)) >= len(rollouts) - len(labelled)
@@ -127,8 +127,8 @@ def test_every_method_trains_and_reports(train: Train, weights: Weights, method:
     assert all(torch.isfinite(w).all() for w in weights(training).values())
     recalibrates = training.recipe.estep.every > 0
     assert all(("critic/vf_loss" in row) == recalibrates for row in em)
-    trains_on_labels = method in ("tempo", "rlvr")
-    labelled_share = {"tempo": 0.5, "tempo_pure": 0.5, "rlvr": 1.0}.get(method, 0.0)
+    trains_on_labels = method in ("tempo", "frozen_critic", "rlvr")
+    labelled_share = {"rlvr": 1.0, "ttrl": 0.0, "empo": 0.0}.get(method, 0.5)
     assert all(row["rollout/labelled_share"] == labelled_share for row in em)
     assert training.parts.stages[-1].trains_on_labelled == trains_on_labels
     assert training.evaluations["final"]["unlabelled"].keys() >= {"mean@4", "pass@4", "maj@4", "distinct_answers"}
@@ -142,7 +142,13 @@ def test_every_method_trains_and_reports(train: Train, weights: Weights, method:
         ("critic.target=plus_minus_one", "estep.clip=sequence_mean", "mstep.normalise=whiten"),
         ("critic.head=sigmoid", "critic.loss=bce", "mstep.loss=gspo"),
         ("critic.backbone=shared", "mstep.loss=reinforce", "mstep.normalise=scale_per_population"),
-        ("em.posterior=random", "mstep.baseline=none", "mstep.normalise=none", "mstep.entropy_coef=0.01", "estep.every=0"),
+        (
+            "em.posterior=random",
+            "mstep.baseline=none",
+            "mstep.normalise=none",
+            "mstep.entropy_coef=0.01",
+            "estep.every=0",
+        ),
         ("estep.every=2", "mstep.baseline=group_mean", "mstep.old_logprob=sampler", "mstep.dual_clip=3"),
     ],
 )

@@ -30,7 +30,9 @@ def merged(**changes: Any) -> dict[str, Any]:
 
 def test_an_unknown_key_is_answered_with_its_path_the_nearest_name_and_the_choices() -> None:
     message = refusal(merged(rollout={"temprature": 1.0}))
-    assert message.startswith("rollout.temprature is not an option (did you mean temperature?); rollout takes temperature, top_p")
+    assert message.startswith(
+        "rollout.temprature is not an option (did you mean temperature?); rollout takes temperature, top_p"
+    )
 
 
 def test_an_unknown_key_of_a_source_names_that_sources_options() -> None:

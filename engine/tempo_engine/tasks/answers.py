@@ -8,12 +8,13 @@ Extract = Callable[[str], str | None]
 # A longer "answer" is not one; the bound also keeps comparisons cheap on hostile output.
 MAX_ANSWER_CHARS = 300
 _INTEGER = re.compile(r"[+-]?(\d{1,3}(,\d{3})+|\d+)(\.0*)?", re.ASCII)
-_ANSWER = re.compile(r"answer\s*:(.*)", re.IGNORECASE)
+# Up to the next "Answer:" or the end of the line.
+_ANSWER = re.compile(r"answer\s*:((?:(?!answer\s*:).)*)", re.IGNORECASE)
 
 
 def canonical(answer: str) -> str:
     """One spelling per answer: outer $ and spaces removed, integers without sign +, leading zeros, thousands commas or ".0"."""
-    text = " ".join(answer.strip().strip("$").split()).rstrip(".")
+    text = " ".join(answer.split()).lstrip("$ ").rstrip("$. ")
     if len(text) <= MAX_ANSWER_CHARS and _INTEGER.fullmatch(text):
         digits = text.split(".")[0].replace(",", "").lstrip("+")
         sign, digits = ("-", digits[1:]) if digits.startswith("-") else ("", digits)
@@ -38,9 +39,9 @@ def boxed(response: str) -> str | None:
 
 
 def answer_line(response: str) -> str | None:
-    """What follows the last "Answer:" on its line, canonical; None without one."""
+    """What follows the last "Answer:" on its line, canonical, without Markdown's asterisks; None without one."""
     found = _ANSWER.findall(response)
-    return _checked(found[-1]) if found else None
+    return _checked(found[-1].strip("* ")) if found else None
 
 
 def whole(response: str) -> str | None:

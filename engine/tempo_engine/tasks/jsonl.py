@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tempo_engine.errors import UserError
-from tempo_engine.tasks.answers import canonical
+from tempo_engine.errors import UserError, first_sentence
+from tempo_engine.tasks.answers import MAX_ANSWER_CHARS, canonical
 from tempo_engine.tasks.question import Question
 
 
@@ -19,7 +19,7 @@ def read_questions(
     if not path.is_file():
         raise UserError(f"the data file {path} does not exist")
     found: dict[str, Question] = {}
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip() and (limit is None or len(found) < limit):
                 question = _question(line, f"{path}, line {number}", prompt_column, answer_column)
@@ -29,11 +29,13 @@ def read_questions(
     return list(found.values())
 
 
-def _question(line: str, where: str, prompt_column: str, answer_column: str | None) -> Question:
+def _question(line: bytes, where: str, prompt_column: str, answer_column: str | None) -> Question:
     try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+        row = json.loads(line.decode("utf-8"))
+        # JSON can spell lone surrogates, which are no text: nothing downstream could encode them.
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, integers of thousands of digits
+        raise UserError(f"{where} is not JSON: {first_sentence(error)}") from error
     if not isinstance(row, dict):
         raise UserError(f"{where} holds a {type(row).__name__}, want an object with the column {prompt_column!r}")
     for column in filter(None, (prompt_column, answer_column)):
@@ -46,15 +48,15 @@ def _question(line: str, where: str, prompt_column: str, answer_column: str | No
 def _content(prompt: Any, where: str) -> str | tuple[tuple[str, str], ...]:
     if isinstance(prompt, str) and prompt.strip():
         return prompt
-    if (
-        isinstance(prompt, list)
-        and prompt
-        and all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in prompt)
-    ):
-        return tuple((str(m["role"]), str(m["content"])) for m in prompt)
+    if isinstance(prompt, list) and prompt and all(_is_message(m) for m in prompt):
+        return tuple((m["role"], m["content"]) for m in prompt)
     raise UserError(
         f"{where}: the prompt must be text or a list of messages with role and content, got {str(prompt)[:60]!r}"
     )
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, dict) and all(isinstance(message.get(key), str) for key in ("role", "content"))
 
 
 def _answers(answer: Any, where: str) -> frozenset[str]:
@@ -62,4 +64,9 @@ def _answers(answer: Any, where: str) -> frozenset[str]:
     options = answer if isinstance(answer, list) else [answer]
     if not options or not all(isinstance(a, str | int | float) and not isinstance(a, bool) for a in options):
         raise UserError(f"{where}: the answer must be text, a number or a list of them, got {str(answer)[:60]!r}")
-    return frozenset(canonical(str(a)) for a in options)
+    answers = frozenset(canonical(str(a)) for a in options)
+    if not all(0 < len(a) <= MAX_ANSWER_CHARS for a in answers):
+        raise UserError(
+            f"{where}: an answer must have 1 to {MAX_ANSWER_CHARS} characters, else no response could match it"
+        )
+    return answers

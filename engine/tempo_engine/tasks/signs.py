@@ -1,4 +1,4 @@
-"""Signs to target: put a sign before each number so that they add up to the target. One wrong step spoils the answer.
+"""Signs to target: put a sign before each number so that they add up to the target.
 
     prompt    3 5 1 2 = (5)
     response  +3 (2) +5 (-3) -1 (-2) -2 (0)
@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from tempo_engine.errors import UserError
 from tempo_engine.tasks.question import Question
 
+# A unique target is found within a few tries wherever there is one.
+MAX_TRIES = 1000
 _STEP = re.compile(r"([+-]\d+) \((-?\d+)\)")
 
 
@@ -36,7 +39,7 @@ class Signs:
 
     def draw(self, index: int, rng: random.Random) -> Question:
         terms = self.terms[index % len(self.terms)]
-        while True:
+        for _ in range(MAX_TRIES):
             numbers = [rng.randint(1, self.largest) for _ in range(terms)]
             totals = _totals(numbers)
             targets, ways = np.unique(totals, return_counts=True)
@@ -46,6 +49,7 @@ class Signs:
                 target = int(targets[rng.randrange(len(targets))])
                 answers = frozenset(_answer(signs, numbers) for signs in _patterns(terms)[totals == target].tolist())
                 return Question(f"{' '.join(map(str, numbers))} = ({target})", answers)
+        raise UserError(f"no question of {terms} numbers up to {self.largest} has exactly one answer; raise largest")
 
     def trace(self, question: Question, kind: str, rng: random.Random) -> str:
         """`right`: a solution. `miss`: honest arithmetic that does not end on 0. `fudge`: one false remainder makes it end on 0."""
