@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 METHODS = ("tempo", "frozen_critic", "ttrl", "empo", "rlvr")
-COLOURS = dict(zip(METHODS, ("#0b6e99", "#9b9a97", "#d9730d", "#ad1a72", "#0f7b6c"), strict=True))
+COLOURS: dict[str, str] = dict(zip(METHODS, ("#0b6e99", "#9b9a97", "#d9730d", "#ad1a72", "#0f7b6c"), strict=True))
 SHOWN = {
     "unlabelled": ("mean@16", "pass@8", "maj@16", "distinct_answers", "critic/auroc", "critic/overvaluation"),
     "heldout": ("mean@16", "pass@8"),
