@@ -41,10 +41,17 @@ def run(recipe: str, method: str, seed: int, out: Path, start: Path | None, sett
     return folder
 
 
-def run_seed(args: argparse.Namespace, seed: int) -> dict[str, Path]:
+def run_all(args: argparse.Namespace) -> list[dict[str, Path]]:
+    """method -> run folder for each seed; first the runs that the others start from."""
     first, *others = args.methods
-    start = run(args.recipe, first, seed, args.out, None, args.set)
-    return {first: start, **{m: run(args.recipe, m, seed, args.out, start, args.set) for m in others}}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        starts = list(pool.map(lambda seed: run(args.recipe, first, seed, args.out, None, args.set), args.seeds))
+        cells = [(method, seed, start) for seed, start in zip(args.seeds, starts, strict=True) for method in others]
+        folders = list(pool.map(lambda c: run(args.recipe, c[0], c[1], args.out, c[2], args.set), cells))
+    runs = [{first: start} for start in starts]
+    for (method, seed, _), folder in zip(cells, folders, strict=True):
+        runs[args.seeds.index(seed)][method] = folder
+    return runs
 
 
 def compare(runs: list[dict[str, Path]]) -> dict[str, Any]:
@@ -139,8 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda seed: run_seed(args, seed), args.seeds))
+    runs = run_all(args)
     table = compare(runs)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     facts = {"commit": commit, "seeds": args.seeds, "minutes": (time.perf_counter() - began) / 60, "methods": table}

@@ -72,8 +72,7 @@ def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor) -> Tensor
     """
     attention = cast(Any, trunk).config._attn_implementation
     if attention == "flash_attention_2":
-        position_ids = torch.cat([torch.arange(int(n), device=index.device) for n in batch.length_S])
-        hidden = trunk(input_ids=batch.input_ids_N[None], position_ids=position_ids[None], use_cache=False)
+        hidden = trunk(input_ids=batch.input_ids_N[None], position_ids=batch.position_N[None], use_cache=False)
         return hidden.last_hidden_state[0][index]
     ids_BL, index_N = batch.padded()
     hidden = trunk(input_ids=ids_BL, use_cache=False).last_hidden_state

@@ -60,15 +60,19 @@ class PackedBatch:
     def cu_values_S1(self) -> Tensor:
         return boundaries(self.response_length_S + 1)
 
+    @cached_property
+    def position_N(self) -> Tensor:
+        """Position of each packed token in its own sequence: 0, 1, ... and 0 again where the next one starts."""
+        sequence_N = segment_ids(self.cu_seqlens_S1)
+        return torch.arange(len(self.input_ids_N), device=sequence_N.device) - self.cu_seqlens_S1[sequence_N]
+
     def padded(self) -> tuple[Tensor, Tensor]:
         """The tokens as a rectangle, [B, L] padded on the right, and where each packed position lies in its flattened form, [N].
 
         Right padding comes after every real token, so causal attention needs no mask for it.
         """
         longest = int(self.length_S.max())
-        sequence_N = segment_ids(self.cu_seqlens_S1)
-        column_N = torch.arange(len(self.input_ids_N), device=sequence_N.device) - self.cu_seqlens_S1[sequence_N]
-        index_N = sequence_N * longest + column_N
+        index_N = segment_ids(self.cu_seqlens_S1) * longest + self.position_N
         ids = self.input_ids_N.new_zeros(len(self) * longest)
         ids[index_N] = self.input_ids_N
         return ids.view(len(self), longest), index_N

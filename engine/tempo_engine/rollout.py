@@ -46,7 +46,13 @@ class Rollout:
 
 
 class Sampler(Protocol):
-    """Where responses come from. One protocol for the in-process sampler and for servers."""
+    """Where responses come from. One protocol for the in-process sampler and for servers.
+
+    `num_responses` and `num_tokens` count everything sampled so far, kept or not.
+    """
+
+    num_responses: int
+    num_tokens: int
 
     def load(self, policy: "Policy") -> None:
         """Sample from this policy from now on; rollouts carry its version."""

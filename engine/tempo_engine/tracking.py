@@ -4,9 +4,10 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -39,14 +40,14 @@ class Accumulator:
 class Clock:
     """Seconds per phase: in total, and since the last `lap`."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_phase: Callable[[str], None] = lambda phase: None) -> None:
         self.total: dict[str, float] = defaultdict(float)
         self._lap: dict[str, float] = defaultdict(float)
-        self.phase = "start"
+        self.on_phase = on_phase
 
     @contextmanager
     def time(self, phase: str) -> Iterator[None]:
-        outer, self.phase = self.phase, phase
+        self.on_phase(phase)
         start = time.perf_counter()
         try:
             yield
@@ -54,7 +55,6 @@ class Clock:
             seconds = time.perf_counter() - start
             self.total[phase] += seconds
             self._lap[phase] += seconds
-            self.phase = outer
 
     def lap(self) -> dict[str, float]:
         """Seconds per phase since the last call."""
@@ -70,7 +70,7 @@ class MetricsFile:
 
     def write(self, row: Mapping[str, object]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: _plain(value) for key, value in row.items()}) + "\n")
+            file.write(json.dumps(plain(row)) + "\n")
 
     @property
     def size(self) -> int:
@@ -87,6 +87,8 @@ class MetricsFile:
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
 
 
-def _plain(value: object) -> object:
-    """JSON has no NaN: a metric that does not exist (the AUROC of answers that are all right) is null."""
+def plain(value: Any) -> Any:
+    """The value for JSON, which has no NaN: a metric that does not exist (the AUROC of answers that are all right) is null."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -24,6 +24,7 @@ class Display(Protocol):
     """Told about everything worth seeing."""
 
     def begin(self, stage: str, done: int, total: int) -> None: ...
+    def phase(self, name: str) -> None: ...
     def advance(self, stage: str, iteration: int, metrics: Mapping[str, float]) -> None: ...
     def note(self, text: str) -> None: ...
     def close(self) -> None: ...
@@ -53,6 +54,7 @@ class LiveDisplay:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[phase]}", style="magenta"),
             TextColumn("{task.fields[headline]}", style="cyan"),
         )
         self.progress = Progress(*columns, console=console)
@@ -60,7 +62,11 @@ class LiveDisplay:
         self.task = None
 
     def begin(self, stage: str, done: int, total: int) -> None:
-        self.task = self.progress.add_task(STAGE_TITLES[stage], total=total, completed=done, headline="")
+        self.task = self.progress.add_task(STAGE_TITLES[stage], total=total, completed=done, headline="", phase="")
+
+    def phase(self, name: str) -> None:
+        if self.task is not None and not name.startswith("stage/"):
+            self.progress.update(self.task, phase=name.replace("_", "-"))
 
     def advance(self, stage: str, iteration: int, metrics: Mapping[str, float]) -> None:
         if self.task is not None:
@@ -83,6 +89,9 @@ class PlainDisplay:
     def begin(self, stage: str, done: int, total: int) -> None:
         self.total = total
         self._last = 0.0
+
+    def phase(self, name: str) -> None:
+        pass
 
     def advance(self, stage: str, iteration: int, metrics: Mapping[str, float]) -> None:
         if time.monotonic() - self._last >= SECONDS_BETWEEN_LINES or iteration + 1 == self.total:

@@ -61,10 +61,13 @@ class EMLoop:
         """One EM iteration: sample, recalibrate the critic (E), refine the policy (M), hand the new weights to the sampler."""
         key = f"{stage.name}/{iteration}"
         recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
+        sampled_before = self.sampler.num_responses, self.sampler.num_tokens
         with self.clock.time("rollout"):
             labelled, reward_S = self.sample_labelled(stage, key)
             unlabelled = self.sample_unlabelled(stage, key)
         metrics = rollout_metrics(labelled, reward_S, unlabelled)
+        metrics["rollout/responses"] = self.sampler.num_responses - sampled_before[0]
+        metrics["tokens/generated"] = self.sampler.num_tokens - sampled_before[1]
         if recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
         if stage.improves_policy:
@@ -113,7 +116,7 @@ class EMLoop:
                 self.critic,
                 self.critic_optimizer,
                 batch,
-                self.to_target(reward_S),
+                self.to_target(reward_S).to(self.policy.device),
                 CriticUpdate(
                     epochs=how.epochs,
                     minibatches=how.minibatches,
@@ -206,7 +209,7 @@ class EMLoop:
     def to_target(self, reward_S: Tensor) -> Tensor:
         """Rewards in {0, 1} on the scale the critic regresses on."""
         low, high = self.recipe.critic.target_range
-        return (low + (high - low) * reward_S).to(self.policy.device)
+        return low + (high - low) * reward_S
 
     def seed(self, *names: Any) -> int:
         """A seed of its own for every occasion, so nothing depends on what was drawn before."""
@@ -246,14 +249,14 @@ def advantages(
 def rollout_metrics(labelled: Sequence[Rollout], reward_S: Tensor, unlabelled: Sequence[Rollout]) -> dict[str, float]:
     """What was sampled: lengths, truncation, and the accuracy on labelled prompts, whose fall is the first alarm."""
     rollouts = [*labelled, *unlabelled]
+    if not rollouts:  # every labelled group was filtered, and there are no others
+        return {}
     lengths = [len(r.response_ids) for r in rollouts]
     metrics = {
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
         "rollout/labelled_share": len(labelled) / len(rollouts),
-        "rollout/responses": float(len(rollouts)),
-        "tokens/generated": float(sum(lengths)),
         "rollout/version": float(rollouts[0].version),
     }
     return metrics | ({"critic/score/mean": float(reward_S.mean())} if labelled else {})

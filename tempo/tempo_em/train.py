@@ -15,7 +15,7 @@ import yaml
 from tempo_engine import checkpoint
 from tempo_engine.errors import UserError
 from tempo_engine.evaluate import evaluate
-from tempo_engine.tracking import MetricsFile
+from tempo_engine.tracking import MetricsFile, plain
 
 from tempo_em.build import Parts, build
 from tempo_em.console import Display, evaluation_line
@@ -60,6 +60,7 @@ class Training:
             )
         self.parts: Parts = build(self.recipe)
         self.loop = self.parts.loop
+        self.loop.clock.on_phase = display.phase
         self.stage, self.iteration, self.step = 0, 0, 0
         self.evaluations: dict[str, dict[str, dict[str, float]]] = {}
         self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
@@ -271,7 +272,7 @@ class Training:
             if self.loop.critic:
                 checkpoint.export_critic(self.loop.critic, self.parts.tokenizer, self.run_dir / "critic")
         plot_run(self.metrics.rows(), self.run_dir / "curves.png", title=f"{self.resolved.name}: {self.recipe.method}")
-        (self.run_dir / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+        (self.run_dir / "summary.json").write_text(json.dumps(plain(summary), indent=1), encoding="utf-8")
         return summary
 
 

@@ -54,6 +54,7 @@ class LocalSampler:
         self.seed = seed
         self.policy: Policy | None = None
         self.version = -1
+        self.num_responses, self.num_tokens = 0, 0
 
     def load(self, policy: Policy) -> None:
         """Sample from this policy at its present version. The weights are shared, not copied."""
@@ -91,6 +92,8 @@ class LocalSampler:
             running.drop_finished()
             if len(running):
                 running.decode()
+        self.num_responses += len(done)
+        self.num_tokens += sum(len(ids) for ids, _ in done.values())
         return [self._rollout(prompts[slot // group_size], *done[slot]) for slot in range(len(draws))]
 
     def _draws(self, prompts: Sequence[Prompt], group_size: int, key: str) -> Tensor:
