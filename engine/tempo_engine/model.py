@@ -147,6 +147,11 @@ class Critic:
         self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=policy.device))
         self.bias = nn.Parameter(torch.zeros((), dtype=dtype, device=policy.device))
 
+    def copy_trunk(self, policy: Policy) -> None:
+        """Take over the policy's trunk as it is now: a critic begins with what the policy has learned."""
+        if self.backbone == "separate":
+            self.trunk.load_state_dict(policy.trunk.state_dict())
+
     def scores(self, batch: PackedBatch) -> Tensor:
         """The head's output before its activation, [TS] float32."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone == "separate"):

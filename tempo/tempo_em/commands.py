@@ -16,13 +16,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from rich.console import Console
-from tempo_engine.errors import UserError
+from tempo_engine.errors import Interrupted, UserError
 
-from tempo_em.build import build
 from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.loading import ResolvedRecipe, load_recipe, packaged_recipes
 from tempo_em.presets import PRESETS
-from tempo_em.train import Interrupted, Training
 
 P = ParamSpec("P")
 
@@ -62,6 +60,8 @@ def train_command(
     has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
     if resume not in (None, "auto") and not has_checkpoint:
         raise UserError(f"--resume {resume}: that folder holds no checkpoint")
+    from tempo_em.train import Training  # imports torch: a mistake in the recipe is answered before that
+
     resumes = resume is not None and has_checkpoint
     training = Training(resolved, run_dir, make_display(), resume=resumes, start_from=start)
     summary = training.run()
@@ -71,6 +71,8 @@ def train_command(
 
 
 def _dry_run(resolved: ResolvedRecipe) -> None:
+    from tempo_em.build import build
+
     parts = build(resolved.recipe)
     loop = parts.loop
     print(resolved.to_yaml(), end="")
@@ -86,9 +88,6 @@ def _dry_run(resolved: ResolvedRecipe) -> None:
 
 @_exit_codes
 def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], json_file: Path | None) -> None:
-    from tempo_engine.checkpoint import load_critic
-    from tempo_engine.evaluate import evaluate
-
     is_run = (run_or_model / "recipe.yaml").is_file()
     if not is_run and not (run_or_model / "config.json").is_file():
         raise UserError(f"{run_or_model} is neither a run folder (recipe.yaml) nor a model directory (config.json)")
@@ -101,6 +100,11 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         recipe or str(run_or_model / "recipe.yaml"),
         [*settings, f"model.path={model_dir.resolve()}", "model.create=null", "cold_start.steps=0"],
     )
+    from tempo_engine.checkpoint import load_critic
+    from tempo_engine.evaluate import evaluate
+
+    from tempo_em.build import build
+
     parts = build(resolved.recipe)
     loop, critic = parts.loop, None
     if is_run and loop.critic and (run_or_model / "critic").is_dir():

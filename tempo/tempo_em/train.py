@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import yaml
 from tempo_engine import checkpoint
-from tempo_engine.errors import UserError
+from tempo_engine.errors import Interrupted, UserError
 from tempo_engine.evaluate import evaluate
 from tempo_engine.tracking import MetricsFile, plain
 
@@ -28,14 +28,6 @@ from tempo_em.schedule import Stage
 RESUME_MAY_CHANGE = ("checkpoint.", "evaluation.every")
 # What happens before the EM loop: runs that start from the same point agree in these.
 START_MUST_SHARE = ("seed", "model.", "critic.", "data.", "rollout.", "cold_start.", "initialisation.")
-
-
-class Interrupted(Exception):
-    """A signal arrived; everything is saved. `code` is the exit code, 128 + the signal's number."""
-
-    def __init__(self, number: int, run_dir: Path) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; go on with --resume {run_dir}")
-        self.code = 128 + number
 
 
 class Training:
@@ -91,6 +83,8 @@ class Training:
                 self.display.begin(name, self.iteration, iterations)
                 while self.iteration < iterations:
                     self._one_iteration(name, iterations, iterate)
+                if name == "cold_start" and self.loop.critic:
+                    self.loop.critic.copy_trunk(self.loop.policy)
                 self.stage, self.iteration = self.stage + 1, 0
                 self._save()
             self._evaluate("final")

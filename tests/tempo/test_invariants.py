@@ -177,3 +177,11 @@ def test_sampler_and_trainer_log_probs_agree_during_training(train: Train) -> No
     gaps = [row["rollout/logprob_diff_max"] for row in train().metrics.rows() if "rollout/logprob_diff_max" in row]
     assert gaps
     assert all(isinstance(gap, float) and gap < 1e-4 for gap in gaps)
+
+
+def test_the_critic_begins_with_what_the_cold_start_taught_the_policy(train: Train, weights: Weights) -> None:
+    training = train("initialisation.critic_warmup=0", "initialisation.rlvr=0", "em.iterations=0")
+    assert training.loop.critic is not None
+    policy, critic = training.loop.policy.trunk.state_dict(), training.loop.critic.trunk.state_dict()
+    assert same(policy, critic)
+    assert not training.loop.critic.weight.any()
