@@ -1,7 +1,7 @@
 """Recipe -> the parts of a run. Everything a user can get wrong is found here, before a run folder exists."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
+from tempo_engine.updates import CriticUpdate, PolicyUpdate
 
 from tempo_em.cold_start import ColdStart
 from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
@@ -92,6 +93,8 @@ def build(recipe: Recipe) -> Parts:
         critic_optimizer=None
         if critic is None
         else _optimizer(critic.parameters(), recipe.estep.optim, _critic_steps(recipe)),
+        policy_update=_policy_update(recipe),
+        critic_update=_critic_update(recipe),
         clock=Clock(),
     )
     audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
@@ -103,11 +106,21 @@ def build(recipe: Recipe) -> Parts:
 
 def stages_of(recipe: Recipe) -> list[Stage]:
     """Critic warm-up and RLVR are the EM iteration on labelled prompts only, without and with the policy update."""
-    common = {"labelled_share": 1.0, "posterior": "label", "trains_on_labelled": True, "recalibrates_every": 1}
+    on_labels = Stage(
+        "rlvr",
+        recipe.initialisation.rlvr,
+        labelled_share=1.0,
+        posterior="label",
+        improves_policy=True,
+        trains_on_labelled=True,
+        recalibrates_every=1,
+        baseline="critic_prefix",
+        normalise="whiten_per_population",
+    )
     em = recipe.em
     return [
-        Stage("critic_warmup", recipe.initialisation.critic_warmup, improves_policy=False, **common),
-        Stage("rlvr", recipe.initialisation.rlvr, improves_policy=True, **common),
+        replace(on_labels, name="critic_warmup", iterations=recipe.initialisation.critic_warmup, improves_policy=False),
+        on_labels,
         Stage(
             "em",
             em.iterations,
@@ -116,6 +129,8 @@ def stages_of(recipe: Recipe) -> list[Stage]:
             improves_policy=True,
             trains_on_labelled=em.train_policy_on_labelled,
             recalibrates_every=recipe.estep.every,
+            baseline=recipe.mstep.baseline,
+            normalise=recipe.mstep.normalise,
         ),
     ]
 
@@ -209,6 +224,33 @@ def _optimizer(parameters: Any, how: OptimRecipe, total_steps: int) -> Optimizer
 
 def schedule(how: OptimRecipe, total_steps: int) -> Callable[[int], float]:
     return lambda step: schedule_factor(step, warmup=how.warmup_steps, schedule=how.schedule, total=total_steps)
+
+
+def _policy_update(recipe: Recipe) -> PolicyUpdate:
+    how = recipe.mstep
+    return PolicyUpdate(
+        loss=how.loss,
+        epochs=how.epochs,
+        minibatches=how.minibatches,
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        clip_low=how.clip_low,
+        clip_high=how.clip_high,
+        dual_clip=how.dual_clip,
+        aggregate=how.aggregate,
+        entropy_coef=how.entropy_coef,
+    )
+
+
+def _critic_update(recipe: Recipe) -> CriticUpdate:
+    how = recipe.estep
+    return CriticUpdate(
+        epochs=how.epochs,
+        minibatches=how.minibatches,
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        loss=recipe.critic.loss,
+        clip=how.clip,
+        clip_range=how.clip_range,
+    )
 
 
 def _policy_steps(recipe: Recipe) -> int:

@@ -58,10 +58,10 @@ class LiveDisplay:
             TextColumn("{task.fields[headline]}", style="cyan"),
         )
         self.progress = Progress(*columns, console=console)
-        self.progress.start()
         self.task = None
 
     def begin(self, stage: str, done: int, total: int) -> None:
+        self.progress.start()
         self.task = self.progress.add_task(STAGE_TITLES[stage], total=total, completed=done, headline="", phase="")
 
     def phase(self, name: str) -> None:

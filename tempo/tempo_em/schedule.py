@@ -39,6 +39,8 @@ class Stage:
     improves_policy: bool
     trains_on_labelled: bool
     recalibrates_every: int
+    baseline: str
+    normalise: str
 
 
 @dataclass
@@ -55,6 +57,8 @@ class EMLoop:
     extract_unlabelled: Extract
     policy_optimizer: Optimizer
     critic_optimizer: Optimizer | None
+    policy_update: PolicyUpdate
+    critic_update: CriticUpdate
     clock: Clock
 
     def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
@@ -108,56 +112,41 @@ class EMLoop:
         """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
         if self.critic is None or self.critic_optimizer is None or not labelled:
             return {}
-        how = self.recipe.estep
         with self.clock.time("e_step"):
             batch = pack(labelled, self.policy.device)
+            # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
             _, terminal_S = split_values(self.values(batch), batch.cu_responses_S1)
-            metrics = fit_critic(
-                self.critic,
-                self.critic_optimizer,
-                batch,
-                self.to_target(reward_S).to(self.policy.device),
-                CriticUpdate(
-                    epochs=how.epochs,
-                    minibatches=how.minibatches,
-                    micro_batch_tokens=self.recipe.micro_batch_tokens,
-                    loss=self.recipe.critic.loss,
-                    clip=how.clip,
-                    clip_range=how.clip_range,
-                ),
-                seed=self.seed(key, "critic"),
-            )
-        trained = how.epochs * int(batch.cu_responses_S1[-1])
-        # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
+            return_S, seed = self.to_target(reward_S).to(self.policy.device), self.seed(key, "critic")
+            metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
         return metrics | {
             "critic/auroc_fresh": auroc(terminal_S.cpu().numpy(), reward_S.numpy()),
-            "tokens/trained_critic": trained,
+            "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
     def m_step(
         self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, unlabelled: list[Rollout], key: str
     ) -> dict[str, float]:
         """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome, and on labelled rows the label."""
-        how = self.recipe.mstep
         labelled = labelled if stage.trains_on_labelled else []
         if not labelled and not unlabelled:
             return {}
         with self.clock.time("values"):
             batch = pack([*unlabelled, *labelled], self.policy.device)
-            value_TS = self.values(batch) if self.critic is not None and self.recipe.em_uses_critic else None
+            value_TS = self.values(batch) if "critic" in stage.posterior + stage.baseline else None
         outcome_S = torch.cat([
             self.posterior(stage, unlabelled, value_TS, batch, key),
             self.to_target(reward_S) if labelled else torch.empty(0),
         ]).to(self.policy.device)  # fmt: skip
+        num_groups = len(unlabelled) // self.recipe.em.group_size
         group_S = torch.cat([
             torch.arange(len(unlabelled)) // self.recipe.em.group_size,
-            (len(unlabelled) + torch.arange(len(labelled))) // self.recipe.em.labelled_group_size,
-        ]).unique(return_inverse=True)[1].to(self.policy.device)  # fmt: skip
+            torch.arange(len(labelled)) // self.recipe.em.labelled_group_size + num_groups,
+        ]).to(self.policy.device)  # fmt: skip
         is_labelled_S = torch.arange(len(batch), device=self.policy.device) >= len(unlabelled)
-        advantage_T, metrics = advantages(self.recipe, outcome_S, value_TS, batch, group_S, is_labelled_S)
+        advantage_T, metrics = advantages(stage, outcome_S, value_TS, batch, group_S, is_labelled_S)
         with self.clock.time("m_step"):
             old_logprob_T = batch.sampler_logprob_T
-            if how.old_logprob == "trainer":
+            if self.recipe.mstep.old_logprob == "trainer":
                 old_logprob_T = token_logprobs(self.policy, batch, self.recipe.micro_batch_tokens)
                 metrics["rollout/logprob_diff_max"] = float((old_logprob_T - batch.sampler_logprob_T).abs().max())
             metrics |= improve_policy(
@@ -165,21 +154,11 @@ class EMLoop:
                 self.policy_optimizer,
                 batch,
                 advantage_T,
-                PolicyUpdate(
-                    loss=how.loss,
-                    epochs=how.epochs,
-                    minibatches=how.minibatches,
-                    micro_batch_tokens=self.recipe.micro_batch_tokens,
-                    clip_low=how.clip_low,
-                    clip_high=how.clip_high,
-                    dual_clip=how.dual_clip,
-                    aggregate=how.aggregate,
-                    entropy_coef=how.entropy_coef,
-                ),
+                self.policy_update,
                 old_logprob_T=old_logprob_T,
                 seed=self.seed(key, "policy"),
             )
-        return metrics | {"tokens/trained_policy": how.epochs * int(batch.cu_responses_S1[-1])}
+        return metrics | {"tokens/trained_policy": self.policy_update.epochs * int(batch.cu_responses_S1[-1])}
 
     def posterior(
         self, stage: Stage, unlabelled: list[Rollout], value_TS: Tensor | None, batch: PackedBatch, key: str
@@ -218,7 +197,7 @@ class EMLoop:
 
 
 def advantages(
-    recipe: Recipe,
+    stage: Stage,
     outcome_S: Tensor,
     value_TS: Tensor | None,
     batch: PackedBatch,
@@ -226,13 +205,12 @@ def advantages(
     is_labelled_S: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
     """Outcome against baseline, then normalised, [T] float32; with their statistics from before the normalisation."""
-    how = recipe.mstep
     sequence_T = segment_ids(batch.cu_responses_S1)
-    if how.baseline == "critic_prefix":
+    if stage.baseline == "critic_prefix":
         assert value_TS is not None, "baseline critic_prefix without a critic"
         advantage_T = advantage(outcome_S, value_TS, batch.cu_responses_S1)
-    elif how.baseline == "group_mean":
-        advantage_T = group_advantage(outcome_S, group_S, divide_by_std=how.normalise == "group_std")[sequence_T]
+    elif stage.baseline == "group_mean":
+        advantage_T = group_advantage(outcome_S, group_S, divide_by_std=stage.normalise == "group_std")[sequence_T]
     else:
         advantage_T = outcome_S.float()[sequence_T]
     metrics = {
@@ -240,9 +218,9 @@ def advantages(
         "critic/advantages/mean": float(advantage_T.mean()),
         "critic/advantages/std": float(advantage_T.std()) if len(advantage_T) > 1 else 0.0,
     }
-    if how.normalise in ("whiten", "whiten_per_population", "scale_per_population"):
-        population_T = is_labelled_S[sequence_T].long() * (how.normalise != "whiten")
-        advantage_T = whiten(advantage_T, population_T, center=how.normalise != "scale_per_population")
+    if stage.normalise in ("whiten", "whiten_per_population", "scale_per_population"):
+        population_T = is_labelled_S[sequence_T].long() * (stage.normalise != "whiten")
+        advantage_T = whiten(advantage_T, population_T, center=stage.normalise != "scale_per_population")
     return advantage_T, metrics
 
 

@@ -241,6 +241,8 @@ class Training:
         with torch.no_grad():
             for owner, parameters in owners.items():
                 for name, parameter in parameters:
+                    if f"{owner}/{name}" not in tensors:
+                        raise UserError(f"the saved state has no {owner}; start from a run of a method that has one")
                     parameter.copy_(tensors[f"{owner}/{name}"])
         optimizers = {"policy_optimizer": loop.policy_optimizer, "critic_optimizer": loop.critic_optimizer}
         if self.parts.cold_start:

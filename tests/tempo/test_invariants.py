@@ -12,6 +12,7 @@ from tempo_em.train import Training
 from tempo_engine.evaluate import EvaluationSet
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Labelled
+from tempo_kernels import group_advantage
 from torch import Tensor
 
 Train = Callable[..., Training]
@@ -106,12 +107,12 @@ def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
 
 def test_each_population_is_whitened_by_itself(prepare: Train) -> None:
     training = prepare()
-    loop = training.loop
+    loop, em = training.loop, stage(training, "em")
     assert loop.critic is not None
     loop.critic.weight.data.normal_()
-    batch, value_TS, is_labelled_S = sampled(loop, stage(training, "em"))
+    batch, value_TS, is_labelled_S = sampled(loop, em)
     outcome_S = torch.rand(len(batch))
-    advantage_T, _ = advantages(loop.recipe, outcome_S, value_TS, batch, torch.arange(len(batch)), is_labelled_S)
+    advantage_T, _ = advantages(em, outcome_S, value_TS, batch, torch.arange(len(batch)), is_labelled_S)
     labelled_T = is_labelled_S.repeat_interleave(batch.response_length_S)
     for population in (advantage_T[labelled_T], advantage_T[~labelled_T]):
         assert abs(float(population.mean())) < 1e-5
@@ -185,3 +186,28 @@ def test_the_critic_begins_with_what_the_cold_start_taught_the_policy(train: Tra
     policy, critic = training.loop.policy.trunk.state_dict(), training.loop.critic.trunk.state_dict()
     assert same(policy, critic)
     assert not training.loop.critic.weight.any()
+
+
+def test_the_initialisation_uses_the_token_critic_whatever_the_method(prepare: Train) -> None:
+    rlvr = stage(prepare("method=ttrl"), "rlvr")
+    assert (rlvr.posterior, rlvr.baseline, rlvr.labelled_share) == ("label", "critic_prefix", 1.0)
+
+
+def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, prepare: Train) -> None:
+    """Unlabelled groups of 4 and labelled groups of 3 in one batch are never mixed."""
+    training = prepare(
+        "mstep.baseline=group_mean", "mstep.normalise=none", "em.group_size=4", "em.labelled_group_size=3",
+        "em.posterior=random", "estep.every=0", "em.rollouts=40",
+    )  # fmt: skip
+    loop, em = training.loop, stage(training, "em")
+    labelled, reward_S = loop.sample_labelled(em, "k")
+    unlabelled = loop.sample_unlabelled(em, "k")
+    groups: list[Tensor] = []
+
+    def spy(outcome_S: Tensor, group_S: Tensor, *, divide_by_std: bool) -> Tensor:
+        groups.append(group_S)
+        return group_advantage(outcome_S, group_S, divide_by_std=divide_by_std)
+
+    monkeypatch.setattr("tempo_em.schedule.group_advantage", spy)
+    loop.m_step(em, labelled, reward_S, unlabelled, "k")
+    assert groups[0].bincount().tolist() == [4] * (len(unlabelled) // 4) + [3] * (len(labelled) // 3)
