@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
-from tempo_engine.errors import UserError
+from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.model import Critic, Policy, trunk_of
 
 PREFIX = "step-"
@@ -134,6 +135,21 @@ def load_critic(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     model = AutoModelForTokenClassification.from_pretrained(folder, local_files_only=True)
     score = _score_layer(model)
     return trunk_of(model), score.weight.detach()[0], score.bias.detach()[0]
+
+
+def restore_critic(critic: Critic, folder: Path) -> None:
+    """Load an exported critic into one of the same architecture.
+
+    Raises UserError when the folder is not an exported critic or does not fit.
+    """
+    try:
+        trunk, weight, bias = load_critic(folder)
+        critic.trunk.load_state_dict(trunk.state_dict())
+        with torch.no_grad():
+            critic.weight.copy_(weight)
+            critic.bias.copy_(bias)
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+        raise UserError(f"{folder} does not hold a critic that fits this policy: {first_sentence(error)}") from error
 
 
 def _token_classifier(config: Any) -> PreTrainedModel | None:

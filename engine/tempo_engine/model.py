@@ -23,7 +23,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 def require_model_directory(path: Path) -> None:
     """Raises UserError when the directory lacks its config or its safetensors weights."""
     if not (path / "config.json").is_file():
-        raise UserError(f"model.path must be a Hugging Face model directory, but {path}/config.json does not exist")
+        raise UserError(f"{path} is not a Hugging Face model directory: {path}/config.json does not exist")
     if not any(path.glob("*.safetensors")):
         raise UserError(
             f"{path} has no *.safetensors weights; save the model with save_pretrained() into that directory"

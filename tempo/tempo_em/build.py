@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from tempo_engine.checkpoint import restore_critic
 from tempo_engine.cursor import Cursor
 from tempo_engine.errors import UserError
 from tempo_engine.evaluate import EvaluationSet
@@ -51,8 +52,8 @@ def build(recipe: Recipe) -> Parts:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if recipe.model.path:
-        require_model_directory(recipe.model.path)
+    for path in filter(None, (recipe.model.path, recipe.critic.path)):
+        require_model_directory(path)
     datasets = load_datasets(recipe)
     tokenizer = load_tokenizer(recipe.model.path) if recipe.model.path else tokenizer_for(datasets)
 
@@ -69,6 +70,8 @@ def build(recipe: Recipe) -> Parts:
     critic = None
     if recipe.uses_critic:
         critic = Critic(policy, backbone=recipe.critic.backbone, head=recipe.critic.head)
+        if recipe.critic.path:
+            restore_critic(critic, recipe.critic.path)
     sampler = LocalSampler(
         stop_ids=stop_ids(policy, tokenizer),
         decode=decoder(tokenizer),

@@ -96,24 +96,18 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         raise UserError(f"{run_or_model} has no exported policy: the run is not finished; go on with it by --resume")
     if recipe is None and not is_run:
         raise UserError("evaluating a model directory needs --recipe: it says on which questions")
-    resolved = load_recipe(
-        recipe or str(run_or_model / "recipe.yaml"),
-        [*settings, f"model.path={model_dir.resolve()}", "model.create=null", "cold_start.steps=0"],
-    )
-    from tempo_engine.checkpoint import load_critic
+    as_exported = [f"model.path={model_dir.resolve()}", "model.create=null", "cold_start.steps=0"]
+    critic_dir = run_or_model / "critic"
+    if is_run and critic_dir.is_dir():
+        as_exported += [f"critic.path={critic_dir.resolve()}", "critic.backbone=separate"]
+    resolved = load_recipe(recipe or str(run_or_model / "recipe.yaml"), [*settings, *as_exported])
     from tempo_engine.evaluate import evaluate
 
     from tempo_em.build import build
 
     parts = build(resolved.recipe)
-    loop, critic = parts.loop, None
-    if is_run and loop.critic and (run_or_model / "critic").is_dir():
-        critic = loop.critic
-        trunk, weight, bias = load_critic(run_or_model / "critic")
-        if critic.backbone == "separate":
-            critic.trunk.load_state_dict(trunk.state_dict())
-        critic.weight.data.copy_(weight)
-        critic.bias.data.copy_(bias)
+    loop = parts.loop
+    critic = loop.critic if resolved.recipe.critic.path else None
     results: dict[str, dict[str, Any]] = {}
     for evaluation_set in parts.evaluation_sets:
         results[evaluation_set.name], _ = evaluate(

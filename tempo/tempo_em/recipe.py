@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
+from tempo_em.contradictions import contradictions
+
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -48,8 +50,9 @@ class OptimRecipe(Strict):
 
 
 class CriticRecipe(Strict):
-    """The token-level value function."""
+    """The token-level value function. It begins with the policy's trunk and a head of zeros, or with an exported critic."""
 
+    path: Path | None = Field(default=None, description="an exported critic: token classification with one label")
     backbone: Literal["separate", "shared"] = Field(
         default="separate", description="a network of its own, or a value head on the policy's trunk"
     )
@@ -65,6 +68,8 @@ class CriticRecipe(Strict):
             raise ValueError("loss bce wants head sigmoid: a linear head's value is not a probability")
         if self.head == "sigmoid" and self.target != "zero_one":
             raise ValueError("head sigmoid lies in [0, 1]; use target zero_one")
+        if self.path is not None and self.backbone == "shared":
+            raise ValueError("an exported critic has a trunk of its own; use backbone separate with path")
         return self
 
     @property
@@ -259,7 +264,12 @@ class Recipe(Strict):
     @property
     def uses_critic(self) -> bool:
         """Whether the run needs a critic at all; the voting methods do not, which halves their memory."""
-        return self.em_uses_critic or self.initialisation.critic_warmup > 0 or self.initialisation.rlvr > 0
+        return (
+            self.em_uses_critic
+            or self.critic.path is not None
+            or self.initialisation.critic_warmup > 0
+            or self.initialisation.rlvr > 0
+        )
 
     def groups(self, labelled_share: float) -> tuple[int, int]:
         """Labelled and unlabelled prompts of one iteration."""
@@ -268,59 +278,6 @@ class Recipe(Strict):
 
     @model_validator(mode="after")
     def consistent(self) -> "Recipe":
-        em, labelled = self.em, self.groups(self.em.labelled_share)[0]
-        for contradicts, reason in (
-            (
-                self.estep.every > 0 and not self.em_uses_critic,
-                f"estep.every is {self.estep.every}, but with posterior {em.posterior} and baseline {self.mstep.baseline} "
-                "nothing reads a critic; set estep.every to 0",
-            ),
-            (
-                self.estep.every > 0 and labelled == 0,
-                f"estep.every is {self.estep.every}, but em.labelled_share {em.labelled_share} leaves no labelled prompts "
-                "to recalibrate on; raise the share or set estep.every to 0",
-            ),
-            (
-                em.posterior == "label" and em.labelled_share < 1,
-                "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1",
-            ),
-            (
-                em.labelled_share == 1 and not em.train_policy_on_labelled,
-                "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained",
-            ),
-            (
-                (self.mstep.normalise == "group_std" or self.mstep.baseline == "group_mean")
-                and em.labelled_share < 1 and em.group_size == 1,
-                "a group mean or deviation of one response says nothing; raise em.group_size or choose another baseline",
-            ),
-            (
-                self.mstep.normalise == "group_std" and self.mstep.baseline != "group_mean",
-                "normalise group_std belongs to baseline group_mean",
-            ),
-            (
-                em.terminal == "last_prefix" and em.posterior != "critic",
-                f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}",
-            ),
-            (
-                self.mstep.old_logprob == "sampler" and (self.rollout.top_p < 1 or self.rollout.top_k > 0),
-                "with top_p or top_k the sampler's log-probs are those of a truncated distribution; "
-                "set mstep.old_logprob to trainer",
-            ),
-            (
-                self.initialisation.rlvr > 0 and self.initialisation.critic_warmup == 0 and self.estep.every == 0
-                and self.em_uses_critic,
-                "the critic would be used but never fitted; set initialisation.critic_warmup or estep.every",
-            ),
-            (
-                self.em_uses_critic and self.estep.every == 0 and self.initialisation.critic_warmup == 0
-                and self.initialisation.rlvr == 0 and em.iterations > 0,
-                "the critic would be used but never fitted; set initialisation.critic_warmup or estep.every",
-            ),
-            (
-                em.iterations > 0 and sum(self.groups(em.labelled_share)) == 0,
-                f"em.rollouts is {em.rollouts}, less than one group; raise it",
-            ),
-        ):  # fmt: skip
-            if contradicts:
-                raise ValueError(reason)
+        for reason in contradictions(self):
+            raise ValueError(reason)
         return self

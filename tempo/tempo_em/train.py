@@ -157,7 +157,8 @@ class Training:
             self.display.note(evaluation_line(label, results))
 
     def _critic_is_fitted(self) -> bool:
-        return self.loop.critic_optimizer is not None and self.loop.critic_optimizer.num_steps > 0
+        optimizer = self.loop.critic_optimizer
+        return optimizer is not None and (optimizer.num_steps > 0 or self.recipe.critic.path is not None)
 
     def _write_samples(self, label: str, set_name: str, rollouts: list[Any]) -> None:
         """The first sample of the first prompts, to read what the numbers are made of."""

@@ -102,12 +102,22 @@ def test_eval_of_a_run_and_of_a_model_directory(finished: tuple[Path, str], tmp_
     assert "labelled_heldout" in model.stdout
 
 
-def test_a_finished_run_trains_on_from_its_exported_policy(finished: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_new_run_begins_with_the_exported_policy_and_critic(finished: tuple[Path, str], tmp_path: Path) -> None:
     path = f"model.path={finished[0] / 'policy'}"
-    short = ("--set", "em.iterations=1", "--set", "evaluation.samples=2", "--set", "initialisation.rlvr=0")
-    settings = ("--set", path, "--set", "model.create=null", "--set", "cold_start.steps=0")
+    critic = f"critic.path={finished[0] / 'critic'}"
+    short = (
+        "--set",
+        "em.iterations=1",
+        "--set",
+        "evaluation.samples=2",
+        "--set",
+        "initialisation={critic_warmup: 0, rlvr: 0}",
+    )
+    settings = ("--set", path, "--set", critic, "--set", "model.create=null", "--set", "cold_start.steps=0")
     result = tempo("train", "tiny", *short, *settings, "--run-dir", "run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "critic/auroc" in summary["stages"]["start"]["unlabelled"], "the loaded critic is a fitted one"
 
 
 def test_a_run_folder_in_use_is_not_overwritten(finished: tuple[Path, str]) -> None:
@@ -178,6 +188,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
         "chat without template": (source("chat.jsonl"), "no chat template"),
         "no such model": ({"model": {"path": "nowhere"}}, "config.json does not exist"),
         "model without weights": ({"model": {"path": "weightless"}}, "no *.safetensors weights"),
+        "no critic there": (
+            {"critic": {"path": "nowhere"}, "cold_start": {}},
+            "nowhere is not a Hugging Face model directory",
+        ),
         "positions": ({"rollout": {"max_prompt_tokens": 30, "max_new_tokens": 30}}, "takes 32 positions"),
         "too many questions": (
             {"data": {**data, "unlabelled": {"generator": "signs", "count": 999, "terms": [2], "largest": 2}}},

@@ -1,0 +1,54 @@
+"""Settings that are fine by themselves but make no sense together: each is refused with the reason and a way out."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tempo_em.recipe import Recipe
+
+
+def contradictions(recipe: "Recipe") -> Iterator[str]:
+    """One sentence for every contradiction in a recipe."""
+    yield from _critic(recipe)
+    yield from _schedule(recipe)
+    em, mstep = recipe.em, recipe.mstep
+    if mstep.baseline == "group_mean" and em.labelled_share < 1 and em.group_size == 1:
+        yield "a group mean of one response says nothing; raise em.group_size or choose another mstep.baseline"
+    if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
+        yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
+    if mstep.old_logprob == "sampler" and (recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0):
+        yield (
+            "with top_p or top_k the sampler's log-probs are those of a truncated distribution; "
+            "set mstep.old_logprob to trainer"
+        )
+
+
+def _critic(recipe: "Recipe") -> Iterator[str]:
+    em, every = recipe.em, recipe.estep.every
+    if every > 0 and not recipe.em_uses_critic:
+        yield (
+            f"estep.every is {every}, but with posterior {em.posterior} and baseline {recipe.mstep.baseline} "
+            "nothing reads a critic; set estep.every to 0"
+        )
+    if every > 0 and recipe.groups(em.labelled_share)[0] == 0:
+        yield (
+            f"estep.every is {every}, but em.labelled_share {em.labelled_share} leaves no labelled prompts to recalibrate on; "
+            "raise the share or set estep.every to 0"
+        )
+    is_fitted = every > 0 or recipe.initialisation.critic_warmup > 0 or recipe.initialisation.rlvr > 0
+    if recipe.em_uses_critic and em.iterations > 0 and not is_fitted and recipe.critic.path is None:
+        yield "the critic would be used but never fitted; set initialisation.critic_warmup, estep.every or critic.path"
+    if recipe.critic.path is not None and recipe.cold_start.steps > 0:
+        yield "critic.path is the critic of a trained policy, but cold_start makes a new one; set cold_start.steps to 0"
+    if em.terminal == "last_prefix" and em.posterior != "critic":
+        yield f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}"
+
+
+def _schedule(recipe: "Recipe") -> Iterator[str]:
+    em = recipe.em
+    if em.posterior == "label" and em.labelled_share < 1:
+        yield "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1"
+    if em.labelled_share == 1 and not em.train_policy_on_labelled:
+        yield "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained"
+    if em.iterations > 0 and sum(recipe.groups(em.labelled_share)) == 0:
+        yield f"em.rollouts is {em.rollouts}, less than one group; raise it"
