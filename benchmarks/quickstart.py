@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tempo_em.plot import evaluation_points
 
 METHODS = ("tempo", "frozen_critic", "ttrl", "empo", "rlvr")
 COLOURS: dict[str, str] = dict(zip(METHODS, ("#0b6e99", "#9b9a97", "#d9730d", "#ad1a72", "#0f7b6c"), strict=True))
@@ -96,16 +97,9 @@ def cell(values: list[float | None]) -> str:
 
 
 def curves(folder: Path, metric: str) -> list[tuple[int, float]]:
+    """(EM iteration, value) of every evaluation; without iteration 0 where the run began at another one's start."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    last = max((row["iteration"] for row in rows if row.get("stage") == "em"), default=0)
-    points = []
-    for row in rows:
-        label = row.get("evaluation", "base")
-        if label != "base":
-            x = {"start": 0, "final": last}[label] if "/" not in label else int(label.rpartition("/")[2])
-            points.append((x, row[f"val-core/unlabelled/acc/{metric}"]))
-    # A run that began at another one's start has no row of its own for it; the first run of the seed has.
-    return sorted(points)
+    return [(x, row[f"val-core/unlabelled/acc/{metric}"]) for x, row in evaluation_points(rows)]
 
 
 def plot(runs: list[dict[str, Path]], path: Path) -> None:

@@ -18,7 +18,8 @@ from tempo_engine.metrics import (
 )
 from tempo_engine.model import Critic
 from tempo_engine.packing import pack
-from tempo_engine.rollout import Labelled, Rollout, Sampler
+from tempo_engine.rollout import Labelled, Rollout
+from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract
 
 

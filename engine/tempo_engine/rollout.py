@@ -1,11 +1,6 @@
 """The hand-off types between prompts, samplers and updates. Labels live in `Labelled` and nowhere else."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from tempo_engine.model import Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,25 +38,3 @@ class Rollout:
     version: int
     is_truncated: bool
     text: str
-
-
-class Sampler(Protocol):
-    """Where responses come from. One protocol for the in-process sampler and for servers.
-
-    `num_responses` and `num_tokens` count everything sampled so far, kept or not.
-    """
-
-    num_responses: int
-    num_tokens: int
-
-    def load(self, policy: "Policy") -> None:
-        """Sample from this policy from now on; rollouts carry its version."""
-        ...
-
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
-        """`group_size` responses to each prompt, those of one prompt next to each other.
-
-        `key` names the occasion ("em/12", "eval/12"): together with the run's seed, the prompt and the sample's number it fixes
-        the random draws.
-        """
-        ...

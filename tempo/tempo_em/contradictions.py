@@ -1,13 +1,11 @@
 """Settings that are fine by themselves but make no sense together: each is refused with the reason and a way out."""
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from tempo_em.recipe import Recipe
+from tempo_em.recipe import Recipe
 
 
-def contradictions(recipe: "Recipe") -> Iterator[str]:
+def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for every contradiction in a recipe."""
     yield from _critic(recipe)
     yield from _schedule(recipe)
@@ -23,7 +21,7 @@ def contradictions(recipe: "Recipe") -> Iterator[str]:
         )
 
 
-def _critic(recipe: "Recipe") -> Iterator[str]:
+def _critic(recipe: Recipe) -> Iterator[str]:
     em, every = recipe.em, recipe.estep.every
     if every > 0 and not recipe.em_uses_critic:
         yield (
@@ -44,7 +42,7 @@ def _critic(recipe: "Recipe") -> Iterator[str]:
         yield f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}"
 
 
-def _schedule(recipe: "Recipe") -> Iterator[str]:
+def _schedule(recipe: Recipe) -> Iterator[str]:
     em = recipe.em
     if em.posterior == "label" and em.labelled_share < 1:
         yield "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1"

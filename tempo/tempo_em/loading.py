@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 from tempo_engine.errors import UserError
 
+from tempo_em.contradictions import contradictions
 from tempo_em.presets import PRESETS
 from tempo_em.recipe import Recipe, Strict
 
@@ -85,6 +86,8 @@ def resolve(
         recipe = Recipe.model_validate(merged)
     except ValidationError as error:
         raise UserError(_explain(error.errors()[0])) from error
+    for reason in contradictions(recipe):
+        raise UserError(reason)
     return ResolvedRecipe(name, _relative_to(recipe, base), origin)
 
 

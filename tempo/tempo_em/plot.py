@@ -14,7 +14,7 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    points = _evaluations(rows)
+    points = evaluation_points(rows)
     sets = sorted({name.split("/")[1] for _, row in points for name in row if name.startswith("val-core/")})
     if not points or not sets:
         return
@@ -33,16 +33,12 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
     plt.close(figure)
 
 
-def _evaluations(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """(EM iteration, row) of every evaluation from the loop's start on."""
+def evaluation_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
+    """(EM iteration, row) of every evaluation from the loop's start on, out of the rows of metrics.jsonl."""
     last = max((row["iteration"] for row in rows if row.get("stage") == "em"), default=0)
-    points = []
-    for row in rows:
-        label = str(row.get("evaluation", "base"))
-        if label != "base":
-            points.append(
-                ({"start": 0, "final": last}[label] if "/" not in label else int(label.rpartition("/")[2]), row)
-            )
+    ends = {"start": 0, "final": last}
+    labelled = [(str(row["evaluation"]), row) for row in rows if row.get("evaluation", "base") != "base"]
+    points = [(ends[label] if label in ends else int(label.removeprefix("em/")), row) for label, row in labelled]
     return sorted(points, key=lambda point: point[0])
 
 

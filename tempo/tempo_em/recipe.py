@@ -8,8 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from tempo_em.contradictions import contradictions
-
 Probability = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -275,9 +273,3 @@ class Recipe(Strict):
         """Labelled and unlabelled prompts of one iteration."""
         labelled = round(self.em.rollouts * labelled_share)
         return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.group_size
-
-    @model_validator(mode="after")
-    def consistent(self) -> "Recipe":
-        for reason in contradictions(self):
-            raise ValueError(reason)
-        return self

@@ -13,7 +13,8 @@ from tempo_engine.metrics import auroc
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
-from tempo_engine.rollout import Labelled, Prompt, Rollout, Sampler
+from tempo_engine.rollout import Labelled, Prompt, Rollout
+from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract, score
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy, token_logprobs

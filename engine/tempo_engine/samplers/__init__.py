@@ -1,1 +1,29 @@
-"""Samplers: where responses come from."""
+"""Where responses come from: one protocol for the in-process sampler and for servers."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from tempo_engine.model import Policy
+from tempo_engine.rollout import Prompt, Rollout
+
+
+class Sampler(Protocol):
+    """Samples groups of responses from the policy it was last given.
+
+    `num_responses` and `num_tokens` count everything sampled so far, kept or not.
+    """
+
+    num_responses: int
+    num_tokens: int
+
+    def load(self, policy: Policy) -> None:
+        """Sample from this policy from now on; rollouts carry its version."""
+        ...
+
+    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+        """`group_size` responses to each prompt, those of one prompt next to each other.
+
+        `key` names the occasion ("em/12", "eval/12"): together with the run's seed, the prompt and the sample's number it fixes
+        the random draws.
+        """
+        ...
