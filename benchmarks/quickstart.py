@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 from tempo_em.plot import evaluation_points
 
-METHODS = ("tempo", "frozen_critic", "ttrl", "empo", "rlvr")
-COLOURS: dict[str, str] = dict(zip(METHODS, ("#0b6e99", "#9b9a97", "#d9730d", "#ad1a72", "#0f7b6c"), strict=True))
+METHODS = ("tempo", "rlvr", "ttrl", "frozen_critic", "empo", "tempo_pure")
+COLOURS: dict[str, str] = dict(
+    zip(METHODS, ("#0b6e99", "#0f7b6c", "#d9730d", "#9b9a97", "#ad1a72", "#6940a5"), strict=True)
+)
 SHOWN = {
     "unlabelled": ("mean@16", "pass@8", "maj@16", "distinct_answers", "critic/auroc", "critic/overvaluation"),
     "heldout": ("mean@16", "pass@8"),
@@ -108,10 +110,10 @@ def plot(runs: list[dict[str, Path]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    metrics = {"mean@16": "accuracy (mean@16)", "pass@8": "solved within 8 samples (pass@8)"}
+    metrics = {"mean@16": ("accuracy (mean@16)", 0.6), "pass@8": ("solved within 8 samples (pass@8)", 1.0)}
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     figure.suptitle(f"Learning from 256 unlabelled questions, {len(runs)} seeds (thin lines), equal sampled responses")
-    for axis, (metric, title) in zip(axes, metrics.items(), strict=True):
+    for axis, (metric, (title, top)) in zip(axes, metrics.items(), strict=True):
         starts = [curves(next(iter(seeds.values())), metric)[0] for seeds in runs]
         for method in runs[0]:
             lines = []
@@ -123,7 +125,7 @@ def plot(runs: list[dict[str, Path]], path: Path) -> None:
             x = [point[0] for point in lines[0]]
             mean = np.mean([[y for _, y in points] for points in lines], axis=0)
             axis.plot(x, mean, color=COLOURS.get(method), label=method, linewidth=2.2, marker="o", markersize=3)
-        axis.set(title=title, xlabel="EM iteration", ylim=(0, 1))
+        axis.set(title=title, xlabel="EM iteration", ylim=(0, top))
         axis.grid(alpha=0.25)
     axes[0].legend(loc="upper left", fontsize=9)
     figure.savefig(path, dpi=110)
