@@ -1,4 +1,4 @@
-"""TEMPO against its baselines on the quickstart task: same start, same number of sampled tokens, several seeds.
+"""TEMPO against its baselines on the quickstart task: same start, same number of sampled responses, several seeds.
 
     python benchmarks/quickstart.py [--seeds 0 1 2] [--methods tempo rlvr ...] [--jobs 2] [--out runs/compare]
 
@@ -66,6 +66,7 @@ def compare(runs: list[dict[str, Path]]) -> dict[str, Any]:
     for seeds in runs:
         for method, folder in seeds.items():
             summary = json.loads((folder / "summary.json").read_text())
+            table.setdefault(method, {}).setdefault("tokens", []).append(summary["tokens"]["em_generated"])
             for stage in ("start", "final"):
                 for set_name, metrics in SHOWN.items():
                     for metric in metrics:
@@ -82,12 +83,14 @@ def sampled_responses(folder: Path) -> int:
 
 def markdown(table: dict[str, Any]) -> str:
     columns = [(s, m) for s, metrics in SHOWN.items() for m in metrics]
-    head = ["method", *(f"{s.replace('_', ' ')} {m.removeprefix('critic/')}" for s, m in columns)]
+    names = (f"{s.replace('_', ' ')} {m.removeprefix('critic/').replace('_', ' ')}" for s, m in columns)
+    head = ["method", *names, "sampled tokens"]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     first = next(iter(table.values()))
     rows = {"start": first["start"], **{method: stages["final"] for method, stages in table.items()}}
     for name, sets in rows.items():
-        lines.append("| " + " | ".join([name, *(cell(sets[s][m]) for s, m in columns)]) + " |")
+        tokens = f"{np.mean(table[name]['tokens']) / 1000:.0f}k" if name in table else ""
+        lines.append("| " + " | ".join([name, *(cell(sets[s][m]) for s, m in columns), tokens]) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -9,6 +9,8 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
 
 from tempo_engine.errors import UserError, first_sentence
-from tempo_engine.model import Critic, Policy, trunk_of
+from tempo_engine.model import Critic, Policy, load_whole, trunk_of
 
 PREFIX = "step-"
 
@@ -31,22 +33,25 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, A
         shutil.rmtree(leftover)
     temporary = folder / f".writing-{os.getpid()}"
     temporary.mkdir()
-    # clone: safetensors refuses tensors that share memory (tied embeddings are named once, but views would do)
-    save_file({name: t.detach().contiguous().clone() for name, t in tensors.items()}, temporary / "tensors.safetensors")
+    # A copy in host memory: safetensors refuses tensors that share memory, and a GPU has no room for a second set.
+    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    save_file(copies, temporary / "tensors.safetensors")
     (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
     manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     for path in [*temporary.iterdir(), temporary]:
         _flush(path)
     final = folder / f"{PREFIX}{step:08d}"
-    if final.exists():
-        shutil.rmtree(final)
+    if final.exists():  # out of the way in one step, so that a kill never leaves half a checkpoint under a good name
+        final.rename(folder / f".writing-old-{os.getpid()}")
     temporary.rename(final)
     _flush(folder)
     problem = damage(final)
     if problem:
         raise OSError(f"the checkpoint just written to {final} does not verify: {problem}; older ones were kept")
-    for old in list_checkpoints(folder)[:-keep]:
+    # Folders of later steps are damaged ones that a resume skipped: they do not count, and this run writes them anew.
+    older = [path for path in list_checkpoints(folder) if path.name < final.name]
+    for old in [*older[: len(older) - keep + 1], *folder.glob(".writing-old-*")]:
         shutil.rmtree(old)
     return final
 
@@ -79,7 +84,7 @@ def load_newest(folder: Path, warn: Any = print) -> tuple[dict[str, Tensor], dic
             state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
             return load_file(checkpoint / "tensors.safetensors"), state, checkpoint
         warn(f"skipping the damaged checkpoint {checkpoint}: {problem}")
-    raise UserError(f"{folder} holds no usable checkpoint; start the run again without --resume")
+    raise UserError(f"{folder} holds no usable checkpoint; start again in another --run-dir")
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
@@ -97,8 +102,19 @@ def _flush(path: Path) -> None:
 
 def export_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """The policy as a Hugging Face directory: weights, config, generation config, tokenizer."""
-    policy.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    with _in_one_piece(folder) as temporary:
+        policy.model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+@contextmanager
+def _in_one_piece(folder: Path) -> Iterator[Path]:
+    """A folder to write into that becomes `folder` only when everything in it is written."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    yield temporary
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
@@ -107,6 +123,12 @@ def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
     A token-classification model with one label where transformers has that class for the architecture; else the trunk, with the
     head in `value_head.safetensors` (`weight` [hidden], `bias` []). `load_critic` reads both.
     """
+    with _in_one_piece(folder) as temporary:
+        _write_critic(critic, temporary)
+        tokenizer.save_pretrained(temporary)
+
+
+def _write_critic(critic: Critic, folder: Path) -> None:
     config = AutoConfig.for_model(**{**critic.config.to_dict(), "num_labels": 1})
     model = _token_classifier(config)
     if model is None:
@@ -123,16 +145,18 @@ def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
         # The head keeps its own precision: see Critic.
         score.to(critic.weight.dtype)
         model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 def load_critic(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
-    """Trunk, head weight [hidden] and bias [] of an exported critic: V_t = trunk(ids).last_hidden_state[t] . weight + bias."""
+    """Trunk, head weight [hidden] and bias [] of an exported critic: V_t = trunk(ids).last_hidden_state[t] . weight + bias.
+
+    Raises UserError when weights are missing: a policy's directory has no value head.
+    """
     head = folder / "value_head.safetensors"
     if head.is_file():
         tensors = load_file(head)
-        return AutoModel.from_pretrained(folder, local_files_only=True), tensors["weight"], tensors["bias"]
-    model = AutoModelForTokenClassification.from_pretrained(folder, local_files_only=True)
+        return load_whole(AutoModel, folder), tensors["weight"], tensors["bias"]
+    model = load_whole(AutoModelForTokenClassification, folder, dtype=torch.float32)
     score = _score_layer(model)
     return trunk_of(model), score.weight.detach()[0], score.bias.detach()[0]
 

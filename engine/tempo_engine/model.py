@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from safetensors import SafetensorError
 from tempo_kernels import TokenStats, linear_logprob, value_of, value_score
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
@@ -30,6 +29,20 @@ def require_model_directory(path: Path) -> None:
         )
 
 
+def load_whole(auto_class: Any, path: Path, **options: Any) -> PreTrainedModel:
+    """`auto_class.from_pretrained` of a local safetensors directory that has every weight of the model.
+
+    Raises UserError when weights are missing: transformers would fill them with random numbers.
+    """
+    model, report = auto_class.from_pretrained(
+        path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} for one")
+    return model
+
+
 def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTrainedModel:
     """A causal language model from a Hugging Face directory (config.json and safetensors; never pickles, never remote code).
 
@@ -37,10 +50,12 @@ def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTraine
     """
     require_model_directory(path)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], attn_implementation=attention, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        return load_whole(AutoModelForCausalLM, path, dtype=DTYPES[dtype], attn_implementation=attention)
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # transformers, safetensors and flash-attn raise many kinds for a directory they cannot use
         raise UserError(f"transformers cannot load {path}: {first_sentence(error)}") from error
 
 
@@ -55,7 +70,7 @@ def create_causal_lm(config: dict[str, Any], *, dtype: str, attention: Attention
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype], attn_implementation=attention)
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # each architecture's config checks itself in its own way
         raise UserError(f"transformers cannot create model.create {config}: {first_sentence(error)}") from error
 
 

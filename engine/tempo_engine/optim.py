@@ -23,7 +23,10 @@ def schedule_factor(step: int, *, warmup: int, schedule: Schedule, total: int) -
 
 
 class Optimizer:
-    """AdamW over named parameters. `step()` clips, guards, steps and clears the gradients."""
+    """AdamW over named parameters. `step()` clips, guards, steps and clears the gradients.
+
+    Parameters in half precision have float32 masters, which are what AdamW moves: a step of 1e-6 would vanish in bfloat16.
+    """
 
     def __init__(
         self,
@@ -36,6 +39,9 @@ class Optimizer:
         factor: Callable[[int], float] = lambda step: 1.0,
     ) -> None:
         self.named = dict(parameters)
+        half = (torch.bfloat16, torch.float16)
+        self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.named.items() if p.dtype in half}
+        self.stepped = {**self.named, **self.masters}
         self.lr = lr
         self.factor = factor
         self.max_grad_norm = max_grad_norm
@@ -43,18 +49,27 @@ class Optimizer:
         self.num_skipped = 0
         # Vectors (norms, biases, the value head) are not decayed: decay is for matrices that act on features.
         groups = [
-            {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.stepped.values() if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.stepped.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
+    @torch.no_grad()
     def step(self) -> float:
         """One update; returns the gradient norm before clipping. A non-finite norm skips the update and is counted."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm))
+        for name, master in self.masters.items():
+            parameter = self.named[name]
+            if self.num_steps == 0:  # the weights may have been loaded or trained otherwise since this was built
+                master.copy_(parameter)
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        norm = float(torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_grad_norm))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = self.lr * self.factor(self.num_steps)
             self.adamw.step()
+            for name, master in self.masters.items():
+                self.named[name].copy_(master)
         else:
             self.num_skipped += 1
         self.num_steps += 1
@@ -64,15 +79,20 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly, as flat named tensors."""
         tensors = {"num_steps": torch.tensor([self.num_steps, self.num_skipped])}
-        for name, parameter in self.named.items():
+        tensors |= {f"{name}/master": master.detach() for name, master in self.masters.items()}
+        for name, parameter in self.stepped.items():
             for key, value in self.adamw.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value
         return tensors
 
+    @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         self.num_steps, self.num_skipped = tensors["num_steps"].tolist()
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"{name}/master"])
         self.adamw.state.clear()
-        for name, parameter in self.named.items():
+        for name, parameter in self.stepped.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors]
             if keys:
-                self.adamw.state[parameter] = {key: tensors[f"{name}/{key}"].clone() for key in keys}
+                moments = {key: tensors[f"{name}/{key}"].to(parameter.device, copy=True) for key in keys}
+                self.adamw.state[parameter] = moments

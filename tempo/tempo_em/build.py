@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from tempo_engine.checkpoint import restore_critic
 from tempo_engine.cursor import Cursor
-from tempo_engine.errors import UserError
+from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.evaluate import EvaluationSet
 from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm, require_model_directory
 from tempo_engine.optim import Optimizer, schedule_factor
@@ -104,7 +104,7 @@ def build(recipe: Recipe) -> Parts:
     sets = [
         EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
     ]
-    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets["labelled"], loop, tokenizer), sets, tokenizer)
+    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer)
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -201,7 +201,10 @@ def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
         raise UserError(
             f"rollout.max_prompt_tokens + max_new_tokens is {longest}, but the model takes {limit} positions; lower one of them"
         )
-    return Policy(model.to(device), temperature=recipe.rollout.temperature)  # pyright: ignore[reportArgumentType]
+    try:
+        return Policy(model.to(device), temperature=recipe.rollout.temperature)  # pyright: ignore[reportArgumentType]
+    except RuntimeError as error:
+        raise UserError(f"the model cannot run: {first_sentence(error)}; check the sizes in its config") from error
 
 
 def stop_ids(policy: Policy, tokenizer: Any) -> list[int]:
@@ -266,8 +269,9 @@ def _critic_steps(recipe: Recipe) -> int:
     return fits * recipe.estep.epochs * recipe.estep.minibatches
 
 
-def _cold_start(recipe: Recipe, labelled: Dataset, loop: EMLoop, tokenizer: Any) -> ColdStart | None:
-    how = recipe.cold_start
+def _cold_start(recipe: Recipe, datasets: dict[str, Dataset], loop: EMLoop, tokenizer: Any) -> ColdStart | None:
+    how, labelled = recipe.cold_start, datasets["labelled"]
+    not_to_be_seen = frozenset(q.id for name, d in datasets.items() if name != "labelled" for q in d.questions)
     if not how.steps:
         return None
     if labelled.generator is None:
@@ -279,4 +283,11 @@ def _cold_start(recipe: Recipe, labelled: Dataset, loop: EMLoop, tokenizer: Any)
         kinds = ", ".join(labelled.generator.trace_kinds)
         raise UserError(f"cold_start.mix has {', '.join(sorted(unknown))}; this generator writes {kinds}")
     optimizer = _optimizer(loop.policy.parameters(), how.optim, how.steps)
-    return ColdStart(recipe, labelled.generator, tokenizer, loop.policy, optimizer)
+    cold_start = ColdStart(recipe, labelled.generator, tokenizer, loop.policy, optimizer, not_to_be_seen)
+    longest = int(cold_start.batch(0).response_length_S.max())
+    if longest > recipe.rollout.max_new_tokens:
+        raise UserError(
+            f"cold_start writes responses of {longest} tokens, the limit rollout.max_new_tokens is "
+            f"{recipe.rollout.max_new_tokens}; raise it"
+        )
+    return cold_start

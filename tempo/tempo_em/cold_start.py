@@ -26,6 +26,7 @@ class ColdStart:
     tokenizer: Any
     policy: Policy
     optimizer: Optimizer
+    not_to_be_seen: frozenset[str]
 
     @property
     def iterations(self) -> int:
@@ -61,6 +62,7 @@ class ColdStart:
         )
 
     def _question(self, row: int, rng: random.Random) -> Question:
-        while split_of(question := self.generator.draw(row, rng)) != "labelled":
-            pass
-        return question
+        while True:
+            question = self.generator.draw(row, rng)
+            if split_of(question) == "labelled" and question.id not in self.not_to_be_seen:
+                return question

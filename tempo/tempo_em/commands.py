@@ -57,13 +57,11 @@ def train_command(
         run_dir = Path(resume)
     r = resolved.recipe
     run_dir = run_dir or Path("runs") / f"{resolved.name}-{r.method}-seed{r.seed}"
-    has_checkpoint = any((run_dir / "checkpoints").glob("step-*"))
-    if resume not in (None, "auto") and not has_checkpoint:
-        raise UserError(f"--resume {resume}: that folder holds no checkpoint")
+    if resume not in (None, "auto") and not (run_dir / "recipe.yaml").is_file():
+        raise UserError(f"--resume {resume}: that is no run folder, it has no recipe.yaml")
     from tempo_em.train import Training  # imports torch: a mistake in the recipe is answered before that
 
-    resumes = resume is not None and has_checkpoint
-    training = Training(resolved, run_dir, make_display(), resume=resumes, start_from=start)
+    training = Training(resolved, run_dir, make_display(), resume=resume is not None, start_from=start)
     summary = training.run()
     console = Console()
     console.print(summary_table(summary["stages"]))
@@ -96,12 +94,17 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         raise UserError(f"{run_or_model} has no exported policy: the run is not finished; go on with it by --resume")
     if recipe is None and not is_run:
         raise UserError("evaluating a model directory needs --recipe: it says on which questions")
-    as_exported = [f"model.path={model_dir.resolve()}", "model.create=null", "cold_start.steps=0"]
+    if json_file and not json_file.absolute().parent.is_dir():
+        raise UserError(f"--json {json_file}: the folder {json_file.parent} does not exist")
+    as_exported: list[tuple[str, Any]] = [
+        ("model.path", str(model_dir.resolve())), ("model.create", None), ("cold_start.steps", 0),
+    ]  # fmt: skip
     critic_dir = run_or_model / "critic"
     if is_run and critic_dir.is_dir():
-        as_exported += [f"critic.path={critic_dir.resolve()}", "critic.backbone=separate"]
-    resolved = load_recipe(recipe or str(run_or_model / "recipe.yaml"), [*settings, *as_exported])
+        as_exported += [("critic.path", str(critic_dir.resolve())), ("critic.backbone", "separate")]
+    resolved = load_recipe(recipe or str(run_or_model / "recipe.yaml"), settings, as_exported)
     from tempo_engine.evaluate import evaluate
+    from tempo_engine.tracking import plain
 
     from tempo_em.build import build
 
@@ -118,7 +121,7 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
     Console().print(summary_table({"now": results}))
     if json_file:
-        json_file.write_text(json.dumps(results, indent=1), encoding="utf-8")
+        json_file.write_text(json.dumps(plain(results), indent=1), encoding="utf-8")
 
 
 @_exit_codes

@@ -36,6 +36,8 @@ def _critic(recipe: Recipe) -> Iterator[str]:
     is_fitted = every > 0 or recipe.initialisation.critic_warmup > 0 or recipe.initialisation.rlvr > 0
     if recipe.em_uses_critic and em.iterations > 0 and not is_fitted and recipe.critic.path is None:
         yield "the critic would be used but never fitted; set initialisation.critic_warmup, estep.every or critic.path"
+    if recipe.critic.backbone == "shared" and every == 0 and recipe.em_uses_critic:
+        yield "a critic on the policy's own trunk moves with the policy, so it cannot be frozen; use critic.backbone separate"
     if recipe.critic.path is not None and recipe.cold_start.steps > 0:
         yield "critic.path is the critic of a trained policy, but cold_start makes a new one; set cold_start.steps to 0"
     if em.terminal == "last_prefix" and em.posterior != "critic":
@@ -44,9 +46,13 @@ def _critic(recipe: Recipe) -> Iterator[str]:
 
 def _schedule(recipe: Recipe) -> Iterator[str]:
     em = recipe.em
+    if recipe.estep.filter == "zero_variance" and em.labelled_group_size == 1:
+        yield "estep.filter zero_variance would drop every group of one response; raise em.labelled_group_size"
+    if em.labelled_share < 1 and em.iterations > 0 and recipe.groups(em.labelled_share)[1] == 0:
+        yield f"em.rollouts {em.rollouts} leaves no whole group of {em.group_size} for unlabelled prompts; raise it"
+    if recipe.initialisation.critic_warmup + recipe.initialisation.rlvr > 0 and recipe.groups(1.0)[0] == 0:
+        yield f"em.rollouts {em.rollouts} is less than one labelled group of {em.labelled_group_size}; raise it"
     if em.posterior == "label" and em.labelled_share < 1:
         yield "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1"
     if em.labelled_share == 1 and not em.train_policy_on_labelled:
         yield "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained"
-    if em.iterations > 0 and sum(recipe.groups(em.labelled_share)) == 0:
-        yield f"em.rollouts is {em.rollouts}, less than one group; raise it"

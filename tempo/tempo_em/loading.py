@@ -1,6 +1,7 @@
 """Recipe file + preset + `--set` -> Recipe, with the origin of every value and errors that name the place and the choices."""
 
 import difflib
+import re
 import types
 import typing
 from dataclasses import dataclass
@@ -38,17 +39,38 @@ def packaged_recipes() -> dict[str, str]:
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found}
 
 
-def load_recipe(where: str, settings: list[str]) -> ResolvedRecipe:
-    """The recipe at a path, or the packaged one of that name, with `a.b=c` settings on top.
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 takes 1e-6 for text; everyone means the number."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
+def load_recipe(where: str, settings: list[str], overrides: list[tuple[str, Any]] | None = None) -> ResolvedRecipe:
+    """The recipe at a path, or the packaged one of that name, with `a.b=c` settings and then `overrides` on top.
 
     Raises UserError with one sentence for anything wrong in it.
     """
     packaged = packaged_recipes()
     path = Path(where)
-    if path.suffix in (".yaml", ".yml") or path.exists():
+    if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise UserError(f"the recipe {where} does not exist")
-        name, text, base = path.stem, path.read_text(encoding="utf-8"), path.parent
+        name, base = path.stem, path.parent
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"the recipe {where} is not UTF-8 text") from error
     elif where in packaged:
         name, text, base = where, packaged[where], Path()
     else:
@@ -56,12 +78,12 @@ def load_recipe(where: str, settings: list[str]) -> ResolvedRecipe:
             f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}"
         )
     try:
-        from_file = yaml.safe_load(text)
+        from_file = _read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(from_file, dict):
         raise UserError(f"{where} must hold keys and values (model:, data:, ...), got {type(from_file).__name__}")
-    return resolve(name, from_file, [parse_setting(s) for s in settings], base)
+    return resolve(name, from_file, [*map(parse_setting, settings), *(overrides or [])], base)
 
 
 def resolve(
@@ -70,7 +92,7 @@ def resolve(
     """Lay preset, file and settings over the defaults. Relative paths in the file are relative to `base`."""
     origin: dict[str, str] = {}
     method = dict(settings).get("method", from_file.get("method", Recipe.model_fields["method"].default))
-    if method not in PRESETS:
+    if not isinstance(method, str) or method not in PRESETS:
         raise UserError(
             f"method {method!r} is not known{_closest(str(method), PRESETS)}; methods: {', '.join(PRESETS)}"
         )
@@ -88,7 +110,7 @@ def resolve(
         raise UserError(_explain(error.errors()[0])) from error
     for reason in contradictions(recipe):
         raise UserError(reason)
-    return ResolvedRecipe(name, _relative_to(recipe, base), origin)
+    return ResolvedRecipe(name, _with_absolute_paths(recipe, base, origin), origin)
 
 
 def parse_setting(setting: str) -> tuple[str, Any]:
@@ -97,7 +119,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals or not all(path.split(".")):
         raise UserError(f"--set wants a.b=value, got {setting!r}")
     try:
-        return path.strip().replace("-", "_"), yaml.safe_load(text)
+        return path.strip().replace("-", "_"), _read_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
 
@@ -111,7 +133,7 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
             isinstance(value, dict)
             and isinstance(old, dict)
             and ("jsonl" in value) != ("jsonl" in old)
-            and prefix == "data."
+            and prefix.startswith("data.")
         )
         if isinstance(value, dict) and isinstance(old, dict) and not changes_kind:
             _lay(old, value, source, origin, f"{path}.")
@@ -123,22 +145,22 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
             origin[path] = source
 
 
-def _relative_to(recipe: Recipe, base: Path) -> Recipe:
-    """Paths in a recipe file are meant from where the file lies, so a recipe can be run from anywhere."""
+def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> Recipe:
+    """Paths in a recipe file are meant from where the file lies, those of --set from the working directory."""
 
-    def fix(model: Strict) -> Strict:
+    def fix(model: Strict, prefix: str) -> Strict:
         changes = {}
         for field in type(model).model_fields:
-            value = getattr(model, field)
-            if isinstance(value, Path) and not value.is_absolute():
-                changes[field] = base / value
+            value, here = getattr(model, field), f"{prefix}{field}"
+            if isinstance(value, Path):
+                changes[field] = (Path.cwd() if origin.get(here) == "--set" else base.resolve()) / value.expanduser()
             elif isinstance(value, Strict):
-                changes[field] = fix(value)
+                changes[field] = fix(value, f"{here}.")
             elif isinstance(value, dict) and any(isinstance(v, Strict) for v in value.values()):
-                changes[field] = {k: fix(v) for k, v in value.items()}
+                changes[field] = {k: fix(v, f"{here}.{k}.") for k, v in value.items()}
         return model.model_copy(update=changes)
 
-    fixed = fix(recipe)
+    fixed = fix(recipe, "")
     assert isinstance(fixed, Recipe)
     return fixed
 

@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class ModelRecipe(Strict):
@@ -33,6 +35,10 @@ class ModelRecipe(Strict):
             raise ValueError("give either path (a model directory) or create (a config for a fresh model)")
         if self.create is not None and not isinstance(self.create.get("model_type"), str):
             raise ValueError("create needs model_type, for example llama or qwen3")
+        if self.attention == "flash_attention_2" and self.dtype != "bfloat16":
+            raise ValueError(
+                f"attention flash_attention_2 works in bfloat16, dtype is {self.dtype}; set dtype: bfloat16"
+            )
         return self
 
 
@@ -43,7 +49,7 @@ class OptimRecipe(Strict):
     warmup_steps: Count = 0
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, gt=0)
 
 
@@ -122,7 +128,9 @@ class DataRecipe(Strict):
 
     labelled: Source
     unlabelled: Source
-    evaluation: dict[str, Source] = Field(default={}, description="further sets by name, for example labelled_heldout")
+    evaluation: dict[SetName, Source] = Field(
+        default={}, description="further sets by name, for example labelled_heldout"
+    )
 
     @model_validator(mode="after")
     def names(self) -> "DataRecipe":

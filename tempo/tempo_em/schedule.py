@@ -68,9 +68,9 @@ class EMLoop:
         recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
         sampled_before = self.sampler.num_responses, self.sampler.num_tokens
         with self.clock.time("rollout"):
-            labelled, reward_S = self.sample_labelled(stage, key)
+            labelled, reward_S, accuracy = self.sample_labelled(stage, key)
             unlabelled = self.sample_unlabelled(stage, key)
-        metrics = rollout_metrics(labelled, reward_S, unlabelled)
+        metrics = rollout_metrics(labelled, unlabelled) | ({} if accuracy is None else {"critic/score/mean": accuracy})
         metrics["rollout/responses"] = self.sampler.num_responses - sampled_before[0]
         metrics["tokens/generated"] = self.sampler.num_tokens - sampled_before[1]
         if recalibrates and self.recipe.em.order == "e_then_m":
@@ -82,11 +82,15 @@ class EMLoop:
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
 
-    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], Tensor]:
-        """Fresh responses to labelled prompts and their verified rewards in {0, 1}, [S]; without signal-free groups if asked to."""
+    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], Tensor, float | None]:
+        """Fresh responses to labelled prompts, their verified rewards in {0, 1}, [S], and the accuracy of all that were sampled.
+
+        With the filter, groups without signal are left out and replaced; the accuracy counts them, or its fall would not show.
+        """
         num_groups, group_size = self.recipe.groups(stage.labelled_share)[0], self.recipe.em.labelled_group_size
         rollouts: list[Rollout] = []
         rewards: list[float] = []
+        all_rewards: list[float] = []
         for refill in range(MAX_REFILLS if num_groups else 0):
             items = self.labelled.next(num_groups)
             fresh = self.sampler.sample([item.prompt for item in items], group_size, key=f"{key}/labelled/{refill}")
@@ -96,13 +100,15 @@ class EMLoop:
                 group_rewards = [
                     score(self.extract_labelled, r.text, a) for r, a in zip(fresh[group], answers[group], strict=True)
                 ]
+                all_rewards += group_rewards
                 if self.recipe.estep.filter == "none" or len(set(group_rewards)) > 1:
                     rollouts += fresh[group]
                     rewards += group_rewards
             if len(rollouts) >= num_groups * group_size:
                 break
         wanted = num_groups * group_size
-        return rollouts[:wanted], torch.tensor(rewards[:wanted])
+        accuracy = sum(all_rewards) / len(all_rewards) if all_rewards else None
+        return rollouts[:wanted], torch.tensor(rewards[:wanted]), accuracy
 
     def sample_unlabelled(self, stage: Stage, key: str) -> list[Rollout]:
         num_groups = self.recipe.groups(stage.labelled_share)[1]
@@ -121,6 +127,7 @@ class EMLoop:
             metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
         return metrics | {
             "critic/auroc_fresh": auroc(terminal_S.cpu().numpy(), reward_S.numpy()),
+            "critic/skipped_steps": self.critic_optimizer.num_skipped,
             "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
@@ -159,7 +166,10 @@ class EMLoop:
                 old_logprob_T=old_logprob_T,
                 seed=self.seed(key, "policy"),
             )
-        return metrics | {"tokens/trained_policy": self.policy_update.epochs * int(batch.cu_responses_S1[-1])}
+        return metrics | {
+            "actor/skipped_steps": self.policy_optimizer.num_skipped,
+            "tokens/trained_policy": self.policy_update.epochs * int(batch.cu_responses_S1[-1]),
+        }
 
     def posterior(
         self, stage: Stage, unlabelled: list[Rollout], value_TS: Tensor | None, batch: PackedBatch, key: str
@@ -174,13 +184,12 @@ class EMLoop:
                 terminal_S = baseline_T[batch.cu_responses_S1[1:] - 1]
             return posteriors.critic(terminal_S[: len(unlabelled)], self.recipe.critic.target_range).cpu()
         if stage.posterior == "random":
-            return posteriors.coin_flip(len(unlabelled), f"{self.recipe.seed}/{key}")
+            return self.to_target(posteriors.coin_flip(len(unlabelled), f"{self.recipe.seed}/{key}"))
         size = self.recipe.em.group_size
         texts = [self.extract_unlabelled(r.text) for r in unlabelled]
         answers = [texts[i : i + size] for i in range(0, len(texts), size)]
-        return {"majority_vote": posteriors.majority_vote, "cluster_frequency": posteriors.cluster_frequency}[
-            stage.posterior
-        ](answers)
+        belief = posteriors.majority_vote if stage.posterior == "majority_vote" else posteriors.cluster_frequency
+        return self.to_target(belief(answers))
 
     def values(self, batch: PackedBatch) -> Tensor:
         assert self.critic is not None
@@ -225,17 +234,16 @@ def advantages(
     return advantage_T, metrics
 
 
-def rollout_metrics(labelled: Sequence[Rollout], reward_S: Tensor, unlabelled: Sequence[Rollout]) -> dict[str, float]:
-    """What was sampled: lengths, truncation, and the accuracy on labelled prompts, whose fall is the first alarm."""
+def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout]) -> dict[str, float]:
+    """What the updates get to see: lengths, truncation, the share of labelled rows."""
     rollouts = [*labelled, *unlabelled]
     if not rollouts:  # every labelled group was filtered, and there are no others
         return {}
     lengths = [len(r.response_ids) for r in rollouts]
-    metrics = {
+    return {
         "response_length/mean": float(np.mean(lengths)),
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
         "rollout/labelled_share": len(labelled) / len(rollouts),
         "rollout/version": float(rollouts[0].version),
     }
-    return metrics | ({"critic/score/mean": float(reward_S.mean())} if labelled else {})

@@ -42,14 +42,8 @@ class Training:
     ) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
         self.run_dir, self.display = run_dir, display
-        saved = None
-        if resume:
-            _check_same_recipe(self.recipe, run_dir, lambda path: not path.startswith(RESUME_MAY_CHANGE))
-            saved = checkpoint.load_newest(run_dir / "checkpoints", display.note)
-        elif run_dir.exists() and any(run_dir.iterdir()):
-            raise UserError(
-                f"the run folder {run_dir} is not empty; add --resume to go on with it, or choose another --run-dir"
-            )
+        saved = self._open(resume)
+        resumes = saved is not None
         self.parts: Parts = build(self.recipe)
         self.loop = self.parts.loop
         self.loop.clock.on_phase = display.phase
@@ -64,14 +58,33 @@ class Training:
         if self.parts.cold_start:
             self.stages.append(("cold_start", self.parts.cold_start.iterations, self.parts.cold_start.iterate))
         self.stages += [(stage.name, stage.iterations, _bind(self.loop.iterate, stage)) for stage in self.parts.stages]
-        if not resume and start_from:
+        if not resumes and start_from:
             _check_same_recipe(self.recipe, start_from, lambda path: path.startswith(START_MUST_SHARE))
             saved = checkpoint.load_newest(start_from / "start", display.note)
+        if not resumes:
+            self._write_folder()
         if saved:
             self._restore(*saved[:2])
-            display.note(f"{'resuming' if resume else 'starting'} from {saved[2]}")
-        if not resume:
-            self._open_folder()
+            display.note(f"{'resuming' if resumes else 'starting'} from {saved[2]}")
+
+    def _open(self, resume: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path] | None:
+        """The newest checkpoint of a run to resume; None where there is nothing to resume yet.
+
+        Raises UserError when the folder is in use and nobody asked to resume, or belongs to another recipe.
+        """
+        if self.run_dir.exists() and not self.run_dir.is_dir():
+            raise UserError(f"the run folder {self.run_dir} is a file; choose another --run-dir")
+        is_empty = not self.run_dir.exists() or not any(self.run_dir.iterdir())
+        if not is_empty and not resume:
+            raise UserError(
+                f"the run folder {self.run_dir} is not empty; add --resume to go on with it, or choose another --run-dir"
+            )
+        if is_empty:
+            return None
+        _check_same_recipe(self.recipe, self.run_dir, lambda path: not path.startswith(RESUME_MAY_CHANGE))
+        if checkpoint.list_checkpoints(self.run_dir / "checkpoints"):
+            return checkpoint.load_newest(self.run_dir / "checkpoints", self.display.note)
+        return None  # killed before its first checkpoint: it begins again
 
     def run(self) -> dict[str, Any]:
         """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
@@ -86,7 +99,8 @@ class Training:
                 if name == "cold_start" and self.loop.critic:
                     self.loop.critic.copy_trunk(self.loop.policy)
                 self.stage, self.iteration = self.stage + 1, 0
-                self._save()
+                if iterations:
+                    self._save()
             self._evaluate("final")
             return self._finish()
         finally:
@@ -95,6 +109,9 @@ class Training:
                 signal.signal(number, handler)
 
     def _one_iteration(self, name: str, iterations: int, iterate: Callable[[int], dict[str, float]]) -> None:
+        every = self.recipe.evaluation.every
+        if name == "em" and every and self.iteration and self.iteration % every == 0:
+            self._evaluate(f"em/{self.iteration}")
         start = time.perf_counter()
         with self.loop.clock.time(f"stage/{name}"):
             metrics = iterate(self.iteration)
@@ -110,13 +127,15 @@ class Training:
         self.iteration, self.step = self.iteration + 1, self.step + 1
         self.metrics.write({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
         self.display.advance(name, self.iteration - 1, metrics)
-        every = self.recipe.evaluation.every
-        if name == "em" and every and self.iteration % every == 0 and self.iteration < iterations:
-            self._evaluate(f"em/{self.iteration}")
         saves = self.recipe.checkpoint.every and self.iteration % self.recipe.checkpoint.every == 0
-        if self.interrupt is not None or (saves and self.iteration < iterations):
+        if saves and self.iteration < iterations:
             self._save()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """After a signal: save and stop. What was not finished, an evaluation say, is done again by the resumed run."""
         if self.interrupt is not None:
+            self._save()
             raise Interrupted(self.interrupt, self.run_dir)
 
     def _evaluate_at_start(self, stage: str) -> None:
@@ -136,6 +155,7 @@ class Training:
         results = {}
         with loop.clock.time("evaluation"):
             for evaluation_set in self.parts.evaluation_sets:
+                self._stop_if_asked()
                 results[evaluation_set.name], rollouts = evaluate(
                     loop.sampler,
                     critic,
@@ -184,8 +204,10 @@ class Training:
             f"{signal.Signals(number).name}: finishing this iteration, then saving (again to stop at once)"
         )
 
-    def _open_folder(self) -> None:
+    def _write_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        for leftover in ("metrics.jsonl", "samples.jsonl"):
+            (self.run_dir / leftover).unlink(missing_ok=True)
         (self.run_dir / "recipe.yaml").write_text(self.resolved.to_yaml(), encoding="utf-8")
         packages = {name: version(name) for name in ("tempo-engine", "torch", "transformers", "safetensors", "numpy")}
         environment = {
@@ -269,7 +291,10 @@ class Training:
             if self.loop.critic:
                 checkpoint.export_critic(self.loop.critic, self.parts.tokenizer, self.run_dir / "critic")
         plot_run(self.metrics.rows(), self.run_dir / "curves.png", title=f"{self.resolved.name}: {self.recipe.method}")
-        (self.run_dir / "summary.json").write_text(json.dumps(plain(summary), indent=1), encoding="utf-8")
+        # Last, and in one piece: a run with a summary is a finished run.
+        temporary = self.run_dir / ".summary.json"
+        temporary.write_text(json.dumps(plain(summary), indent=1), encoding="utf-8")
+        temporary.replace(self.run_dir / "summary.json")
         return summary
 
 
@@ -294,7 +319,7 @@ def _check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], b
         before, now = saved.get(path), wanted.get(path)
         if before != now and matters(path):
             raise UserError(
-                f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; resume with the same recipe"
+                f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; make them agree"
             )
 
 

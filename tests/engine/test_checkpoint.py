@@ -124,3 +124,43 @@ def test_a_llama_critic_is_a_token_classification_model_with_one_label(make_poli
     ids = torch.tensor([[3, 4, 5]])
     expected = critic.trunk(input_ids=ids).last_hidden_state @ critic.weight + critic.bias
     assert torch.allclose(model(input_ids=ids).logits[..., 0], expected, atol=1e-6)
+
+
+def test_a_policys_directory_is_no_critic(make_policy: MakePolicy, tmp_path: Path) -> None:
+    policy = make_policy()
+    checkpoint.export_policy(policy, word_tokenizer(["a", "b"]), tmp_path / "policy")
+    with pytest.raises(UserError, match="lacks"):
+        checkpoint.restore_critic(fitted_critic(policy), tmp_path / "policy")
+
+
+def test_an_exported_critic_comes_back_into_one_like_it(make_policy: MakePolicy, tmp_path: Path) -> None:
+    critic, other = fitted_critic(make_policy()), Critic(make_policy(seed=4), backbone="separate", head="linear")
+    checkpoint.export_critic(critic, word_tokenizer(["a", "b"]), tmp_path / "critic")
+    checkpoint.restore_critic(other, tmp_path / "critic")
+    assert torch.equal(critic.weight, other.weight)
+    assert all(torch.equal(a, b) for a, b in zip(critic.trunk.parameters(), other.trunk.parameters(), strict=True))
+
+
+def test_an_export_replaces_an_earlier_one_in_one_piece(make_policy: MakePolicy, tmp_path: Path) -> None:
+    folder = tmp_path / "policy"
+    for seed in (0, 1):
+        checkpoint.export_policy(make_policy(seed=seed), word_tokenizer(["a", "b"]), folder)
+    assert {path.name for path in tmp_path.iterdir()} == {"policy"}
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.tensor([[3, 4, 5]])
+    assert torch.equal(loaded(input_ids=ids).logits, make_policy(seed=1).model(input_ids=ids).logits)
+
+
+def test_a_skipped_damaged_checkpoint_does_not_push_out_good_ones(tmp_path: Path) -> None:
+    for step in (1, 12):
+        write(tmp_path, step)
+    checkpoint.save(tmp_path, 11, {"w": torch.ones(1)}, {}, keep=1)
+    assert [p.name for p in checkpoint.list_checkpoints(tmp_path)] == ["step-00000011", "step-00000012"]
+
+
+def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
+    write(tmp_path, 3)
+    checkpoint.save(tmp_path, 3, {"w": torch.ones(1)}, {"again": True})
+    _, state, _ = checkpoint.load_newest(tmp_path)
+    assert state == {"again": True}
+    assert not list(tmp_path.glob(".writing-*"))

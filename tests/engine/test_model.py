@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tempo_engine.errors import UserError
 from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm
 from tempo_engine.packing import pack
@@ -107,6 +108,16 @@ def test_damaged_weights_are_refused_in_one_sentence(tmp_path: Path, make_policy
     make_policy().model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot load"):
+        load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
+
+
+def test_a_directory_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Path, make_policy: MakePolicy) -> None:
+    make_policy().model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {k: v for k, v in weights.items() if "layers.1" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(UserError, match="lacks"):
         load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
 
 

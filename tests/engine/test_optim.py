@@ -215,3 +215,36 @@ def test_loading_a_fresh_state_forgets_the_moments():
     train(model, optimizer, range(1))
     optimizer.load_state(fresh_optimizer.state())
     assert optimizer.state().keys() == fresh_optimizer.state().keys()
+
+
+def test_small_steps_are_not_lost_in_bfloat16():
+    """200 steps of 1e-5 from 1.0: in bfloat16 alone each would round away."""
+    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = Optimizer([("w", parameter)], lr=1e-5 * 50)
+    for _ in range(200):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter.dtype == torch.bfloat16
+    assert parameter.detach().float().tolist() == pytest.approx([1 - 0.1] * 4, abs=4e-3)
+
+
+def test_the_masters_of_a_half_precision_model_survive_a_round_trip():
+    def make() -> tuple[torch.nn.Parameter, Optimizer]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.bfloat16))
+        return parameter, Optimizer([("w", parameter)], lr=1e-4)
+
+    def step(parameter: torch.nn.Parameter, optimizer: Optimizer, times: int) -> None:
+        for _ in range(times):
+            parameter.grad = torch.full_like(parameter, 0.3)
+            optimizer.step()
+
+    whole, one = make()
+    step(whole, one, 40)
+    first, before = make()
+    step(first, before, 15)
+    second, after = make()
+    second.data.copy_(first.data)
+    after.load_state(before.state())
+    step(second, after, 25)
+    assert torch.equal(whole, second)
+    assert torch.equal(one.masters["w"], after.masters["w"])

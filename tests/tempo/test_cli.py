@@ -217,7 +217,7 @@ def test_bad_input_is_one_sentence_exit_code_2_and_no_run_folder(
 def test_bad_input_from_the_shell_shows_no_traceback(tmp_path: Path) -> None:
     result = tempo("train", "tiny", "--set", "data.labelled={jsonl: nowhere.jsonl}", cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr == "tempo-engine: the data file nowhere.jsonl does not exist\n"
+    assert result.stderr == f"tempo-engine: the data file {tmp_path / 'nowhere.jsonl'} does not exist\n"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -84,7 +84,7 @@ def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only
     """I7: labelled groups without signal are replaced, unlabelled ones never are; the batch has exactly B n rows."""
     training = prepare("estep.filter=zero_variance")
     em = stage(training, "em")
-    labelled, reward_S = training.loop.sample_labelled(em, "em/0")
+    labelled, reward_S, _ = training.loop.sample_labelled(em, "em/0")
     groups = reward_S.view(-1, 2)
     assert len(labelled) == 32
     assert (groups[:, 0] != groups[:, 1]).all()
@@ -93,13 +93,13 @@ def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only
 
 def test_a_labelled_set_without_signal_ends_the_refilling(prepare: Train) -> None:
     training = prepare("estep.filter=zero_variance", "cold_start.steps=0")  # an untrained policy is never right
-    labelled, reward_S = training.loop.sample_labelled(stage(training, "em"), "em/0")
+    labelled, reward_S, _ = training.loop.sample_labelled(stage(training, "em"), "em/0")
     assert labelled == []
     assert len(reward_S) == 0
 
 
 def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
-    labelled, _ = loop.sample_labelled(em, "k")
+    labelled, _, _ = loop.sample_labelled(em, "k")
     rollouts = [*loop.sample_unlabelled(em, "k"), *labelled]
     batch = pack(rollouts)
     return batch, loop.values(batch), torch.arange(len(rollouts)) >= len(rollouts) - len(labelled)
@@ -159,6 +159,14 @@ def test_switches_combine_freely(train: Train, weights: Weights, settings: tuple
     assert training.loop.policy.version > 0
 
 
+def test_votes_are_put_on_the_scale_of_the_critics_targets(prepare: Train) -> None:
+    training = prepare("em.posterior=majority_vote", "critic.target=plus_minus_one")
+    em = stage(training, "em")
+    rollouts = training.loop.sample_unlabelled(em, "k")
+    outcome_S = training.loop.posterior(em, rollouts, None, pack(rollouts), "k")
+    assert set(outcome_S.tolist()) <= {-1.0, 1.0}
+
+
 def test_lagged_and_fresh_values_differ(train: Train, weights: Weights) -> None:
     assert not same(weights(train("em.order=e_then_m")), weights(train("em.order=lagged")))
 
@@ -200,7 +208,7 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
         "em.posterior=random", "estep.every=0", "em.rollouts=40",
     )  # fmt: skip
     loop, em = training.loop, stage(training, "em")
-    labelled, reward_S = loop.sample_labelled(em, "k")
+    labelled, reward_S, _ = loop.sample_labelled(em, "k")
     unlabelled = loop.sample_unlabelled(em, "k")
     groups: list[Tensor] = []
 

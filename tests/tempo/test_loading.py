@@ -86,7 +86,16 @@ def test_values_out_of_range_are_refused_by_their_path(setting: str, place: str)
         (["critic.loss=bce"], "sigmoid"),
         (["critic.path=x", "cold_start.steps=3"], "set cold_start.steps to 0"),
         (["critic.path=x", "critic.backbone=shared"], "trunk of its own"),
-        (["em.rollouts=1", "em.labelled_share=0", "method=ttrl"], "less than one group"),
+        (["em.rollouts=1", "em.labelled_share=0", "method=ttrl"], "no whole group of 8"),
+        (["em.rollouts=10"], "no whole group of 8 for unlabelled"),
+        (["estep.filter=zero_variance", "em.labelled_group_size=1"], "drop every group of one"),
+        (["em.labelled_group_size=600", "initialisation.rlvr=1", "estep.every=0"], "less than one labelled group"),
+        (["critic.backbone=shared", "estep.every=0", "initialisation.critic_warmup=1"], "cannot be frozen"),
+        (["model.attention=flash_attention_2"], "works in bfloat16"),
+        (["mstep.optim.betas=[0.9, 1.0]"], "less than 1"),
+        (["mstep.entropy_coef=.nan"], "finite"),
+        (["data.evaluation={a/b: {generator: sums, count: 3}}"], "pattern"),
+        (["method=[a]"], "not known"),
         (["cold_start.mix={right: 0.5}"], "add up to 1"),
     ],
 )
@@ -144,7 +153,31 @@ def test_paths_in_a_recipe_are_relative_to_its_file(tmp_path: Path) -> None:
 
 def test_a_generated_source_can_be_replaced_by_a_file_with_one_setting() -> None:
     source = resolve("t", MINIMAL, [parse_setting("data.unlabelled={jsonl: q.jsonl}")]).recipe.data.unlabelled
-    assert getattr(source, "jsonl", None) == Path("q.jsonl")
+    assert getattr(source, "jsonl", None) == Path.cwd() / "q.jsonl"
+
+
+def test_paths_of_settings_are_relative_to_the_working_directory_and_know_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    file = tmp_path / "recipes" / "recipe.yaml"
+    file.write_text(yaml.safe_dump(merged(model={"path": "~/models/x"})))
+    monkeypatch.chdir(tmp_path)
+    recipe = load_recipe("recipes/recipe.yaml", ["critic.path=runs/critic"]).recipe
+    assert recipe.critic.path == tmp_path / "runs" / "critic"
+    assert recipe.model.path == Path.home() / "models" / "x"
+
+
+def test_scientific_notation_is_a_number_even_where_any_value_goes() -> None:
+    assert parse_setting("model.create.initializer_range=2e-2") == ("model.create.initializer_range", 0.02)
+    assert parse_setting("a=-1E+3") == ("a", -1000.0)
+    assert parse_setting("a=12") == ("a", 12)
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not UTF-8"):
+        load_recipe(str(tmp_path / "binary.yaml"), [])
 
 
 def test_missing_recipes_and_broken_yaml_are_refused(tmp_path: Path) -> None:

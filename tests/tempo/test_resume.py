@@ -95,6 +95,15 @@ def test_a_damaged_newest_checkpoint_costs_one_iteration_not_the_run(uninterrupt
     assert_same_run(run_dir, uninterrupted)
 
 
+def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "recipe.yaml").write_text((uninterrupted / "recipe.yaml").read_text())
+    (run_dir / "metrics.jsonl").write_text('{"half": "a line')
+    finish(run_dir, "--resume", "auto")
+    assert_same_run(run_dir, uninterrupted)
+
+
 def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path) -> None:
     before = final_tensors(uninterrupted)
     finish(uninterrupted, "--resume", "auto")
