@@ -15,6 +15,7 @@ import yaml
 from tempo_engine import checkpoint
 from tempo_engine.errors import Interrupted, UserError
 from tempo_engine.evaluate import evaluate
+from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
 
 from tempo_em.build import Parts, build
@@ -152,11 +153,13 @@ class Training:
             return
         loop = self.loop
         critic = loop.critic if with_critic and self._critic_is_fitted() else None
-        results = {}
+        results: dict[str, dict[str, float]] = {}
+        rollouts: dict[str, list[Rollout]] = {}
         with loop.clock.time("evaluation"):
             for evaluation_set in self.parts.evaluation_sets:
                 self._stop_if_asked()
-                results[evaluation_set.name], rollouts = evaluate(
+                name = evaluation_set.name
+                results[name], rollouts[name] = evaluate(
                     loop.sampler,
                     critic,
                     self.recipe.critic.target_range,
@@ -165,10 +168,12 @@ class Training:
                     micro_batch_tokens=self.recipe.micro_batch_tokens,
                     key=f"evaluation/{label}",
                 )
-                self.tokens["evaluation"] += sum(len(r.response_ids) for r in rollouts)
-                self._write_samples(label, evaluation_set.name, rollouts)
         loop.clock.lap()
+        # Counted and written only now: an evaluation that a signal cut short is done again from its beginning.
         self.evaluations[label] = results
+        for name, sampled in rollouts.items():
+            self.tokens["evaluation"] += sum(len(r.response_ids) for r in sampled)
+            self._write_samples(label, name, sampled)
         row = {
             _verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()
         }
@@ -180,7 +185,7 @@ class Training:
         optimizer = self.loop.critic_optimizer
         return optimizer is not None and (optimizer.num_steps > 0 or self.recipe.critic.path is not None)
 
-    def _write_samples(self, label: str, set_name: str, rollouts: list[Any]) -> None:
+    def _write_samples(self, label: str, set_name: str, rollouts: list[Rollout]) -> None:
         """The first sample of the first prompts, to read what the numbers are made of."""
         step = self.recipe.evaluation.samples
         MetricsFile(self.run_dir / "samples.jsonl").cut(self._samples_size)
