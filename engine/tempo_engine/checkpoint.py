@@ -130,15 +130,16 @@ def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
 
 def _write_critic(critic: Critic, folder: Path) -> None:
     config = AutoConfig.for_model(**{**critic.config.to_dict(), "num_labels": 1})
-    model = _token_classifier(config)
-    if model is None:
+    try:
+        model = AutoModelForTokenClassification.from_config(config)
+        score = _score_layer(model)
+    except ValueError:  # transformers has no such class for this architecture, or one of another make
         trunk: Any = critic.trunk
         trunk.save_pretrained(folder)
         save_file({"weight": critic.weight.detach(), "bias": critic.bias.detach()}, folder / "value_head.safetensors")
     else:
         nn.Module.to(model, next(critic.trunk.parameters()))
         trunk_of(model).load_state_dict(critic.trunk.state_dict())
-        score = _score_layer(model)
         with torch.no_grad():
             score.weight.copy_(critic.weight[None])
             score.bias.copy_(critic.bias[None])
@@ -172,23 +173,13 @@ def restore_critic(critic: Critic, folder: Path) -> None:
         with torch.no_grad():
             critic.weight.copy_(weight)
             critic.bias.copy_(bias)
-    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} does not hold a critic that fits this policy: {first_sentence(error)}") from error
 
 
-def _token_classifier(config: Any) -> PreTrainedModel | None:
-    try:
-        model = AutoModelForTokenClassification.from_config(config)
-    except ValueError:  # transformers has no such class for this architecture
-        return None
-    return model if _has_score(model) else None
-
-
-def _has_score(model: PreTrainedModel) -> bool:
-    return isinstance(getattr(model, "score", getattr(model, "classifier", None)), nn.Linear)
-
-
 def _score_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that turns hidden states into labels. Raises ValueError when there is no linear one."""
     layer = getattr(model, "score", getattr(model, "classifier", None))
-    assert isinstance(layer, nn.Linear)
+    if not isinstance(layer, nn.Linear):
+        raise ValueError(f"{type(model).__name__} has no linear score layer")
     return layer

@@ -53,9 +53,8 @@ def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTraine
         return load_whole(AutoModelForCausalLM, path, dtype=DTYPES[dtype], attn_implementation=attention)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # transformers, safetensors and flash-attn raise many kinds for a directory they cannot use
+    # transformers, safetensors and flash-attn raise many kinds of exception for a directory that they cannot use
+    except Exception as error:
         raise UserError(f"transformers cannot load {path}: {first_sentence(error)}") from error
 
 

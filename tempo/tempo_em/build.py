@@ -1,6 +1,5 @@
 """Recipe -> the parts of a run. Everything a user can get wrong is found here, before a run folder exists."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,15 +56,16 @@ def build(recipe: Recipe) -> Parts:
     datasets = load_datasets(recipe)
     tokenizer = load_tokenizer(recipe.model.path) if recipe.model.path else tokenizer_for(datasets)
 
-    def prompts(name: str) -> list[Prompt]:
-        limit = recipe.rollout.max_prompt_tokens
-        return to_prompts(datasets[name].questions, tokenizer, max_tokens=limit, where=f"data.{name}")
+    limit = recipe.rollout.max_prompt_tokens
+    prompts: dict[str, list[Prompt]] = {
+        name: to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=f"data.{name}")
+        for name, dataset in datasets.items()
+    }
 
     def with_answers(name: str) -> list[Labelled]:
-        pairs = zip(prompts(name), datasets[name].questions, strict=True)
+        pairs = zip(prompts[name], datasets[name].questions, strict=True)
         return [Labelled(prompt, question.answers) for prompt, question in pairs]
 
-    labelled = with_answers("labelled")
     policy = _policy(recipe, tokenizer, device)
     critic = None
     if recipe.uses_critic:
@@ -88,8 +88,8 @@ def build(recipe: Recipe) -> Parts:
         policy=policy,
         critic=critic,
         sampler=sampler,
-        labelled=Cursor(labelled, seed=f"{recipe.seed}/labelled"),
-        unlabelled=Cursor(prompts("unlabelled"), seed=f"{recipe.seed}/unlabelled"),
+        labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
+        unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.seed}/unlabelled"),
         extract_labelled=datasets["labelled"].extract,
         extract_unlabelled=datasets["unlabelled"].extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
@@ -224,12 +224,8 @@ def _optimizer(parameters: Any, how: OptimRecipe, total_steps: int) -> Optimizer
         weight_decay=how.weight_decay,
         betas=how.betas,
         max_grad_norm=how.max_grad_norm,
-        factor=schedule(how, total_steps),
+        factor=lambda step: schedule_factor(step, warmup=how.warmup_steps, schedule=how.schedule, total=total_steps),
     )
-
-
-def schedule(how: OptimRecipe, total_steps: int) -> Callable[[int], float]:
-    return lambda step: schedule_factor(step, warmup=how.warmup_steps, schedule=how.schedule, total=total_steps)
 
 
 def _policy_update(recipe: Recipe) -> PolicyUpdate:
@@ -271,7 +267,6 @@ def _critic_steps(recipe: Recipe) -> int:
 
 def _cold_start(recipe: Recipe, datasets: dict[str, Dataset], loop: EMLoop, tokenizer: Any) -> ColdStart | None:
     how, labelled = recipe.cold_start, datasets["labelled"]
-    not_to_be_seen = frozenset(q.id for name, d in datasets.items() if name != "labelled" for q in d.questions)
     if not how.steps:
         return None
     if labelled.generator is None:
@@ -283,6 +278,7 @@ def _cold_start(recipe: Recipe, datasets: dict[str, Dataset], loop: EMLoop, toke
         kinds = ", ".join(labelled.generator.trace_kinds)
         raise UserError(f"cold_start.mix has {', '.join(sorted(unknown))}; this generator writes {kinds}")
     optimizer = _optimizer(loop.policy.parameters(), how.optim, how.steps)
+    not_to_be_seen = frozenset(q.id for name, d in datasets.items() if name != "labelled" for q in d.questions)
     cold_start = ColdStart(recipe, labelled.generator, tokenizer, loop.policy, optimizer, not_to_be_seen)
     longest = int(cold_start.batch(0).response_length_S.max())
     if longest > recipe.rollout.max_new_tokens:

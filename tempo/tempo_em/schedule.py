@@ -43,6 +43,11 @@ class Stage:
     baseline: str
     normalise: str
 
+    @property
+    def reads_critic(self) -> bool:
+        """Whether the M-step needs values: as outcome, or as baseline."""
+        return self.posterior == "critic" or self.baseline == "critic_prefix"
+
 
 @dataclass
 class EMLoop:
@@ -140,7 +145,7 @@ class EMLoop:
             return {}
         with self.clock.time("values"):
             batch = pack([*unlabelled, *labelled], self.policy.device)
-            value_TS = self.values(batch) if "critic" in stage.posterior + stage.baseline else None
+            value_TS = self.values(batch) if stage.reads_critic else None
         outcome_S = torch.cat([
             self.posterior(stage, unlabelled, value_TS, batch, key),
             self.to_target(reward_S) if labelled else torch.empty(0),

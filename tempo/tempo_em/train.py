@@ -53,8 +53,8 @@ class Training:
         self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
         self.earlier_seconds: dict[str, float] = {}
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
+        self.samples = MetricsFile(run_dir / "samples.jsonl")
         self.interrupt: int | None = None
-        self._samples_size = 0
         self.stages: list[tuple[str, int, Callable[[int], dict[str, float]]]] = []
         if self.parts.cold_start:
             self.stages.append(("cold_start", self.parts.cold_start.iterations, self.parts.cold_start.iterate))
@@ -62,11 +62,11 @@ class Training:
         if not resumes and start_from:
             _check_same_recipe(self.recipe, start_from, lambda path: path.startswith(START_MUST_SHARE))
             saved = checkpoint.load_newest(start_from / "start", display.note)
-        if not resumes:
-            self._write_folder()
         if saved:
             self._restore(*saved[:2])
             display.note(f"{'resuming' if resumes else 'starting'} from {saved[2]}")
+        if not resumes:
+            self._write_folder()
 
     def _open(self, resume: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path] | None:
         """The newest checkpoint of a run to resume; None where there is nothing to resume yet.
@@ -188,12 +188,9 @@ class Training:
     def _write_samples(self, label: str, set_name: str, rollouts: list[Rollout]) -> None:
         """The first sample of the first prompts, to read what the numbers are made of."""
         step = self.recipe.evaluation.samples
-        MetricsFile(self.run_dir / "samples.jsonl").cut(self._samples_size)
-        with (self.run_dir / "samples.jsonl").open("a", encoding="utf-8") as file:
-            for rollout in rollouts[: 8 * step : step]:
-                row = {"evaluation": label, "set": set_name, "prompt": rollout.prompt.text, "response": rollout.text}
-                file.write(json.dumps(row) + "\n")
-        self._samples_size = (self.run_dir / "samples.jsonl").stat().st_size
+        for rollout in rollouts[: 8 * step : step]:
+            text = {"prompt": rollout.prompt.text, "response": rollout.text}
+            self.samples.write({"evaluation": label, "set": set_name, **text})
 
     def _count_tokens(self, stage: str, metrics: dict[str, float]) -> None:
         generated = int(metrics.get("tokens/generated", 0))
@@ -211,8 +208,8 @@ class Training:
 
     def _write_folder(self) -> None:
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in ("metrics.jsonl", "samples.jsonl"):
-            (self.run_dir / leftover).unlink(missing_ok=True)
+        for leftover in (self.metrics, self.samples):
+            leftover.path.unlink(missing_ok=True)
         (self.run_dir / "recipe.yaml").write_text(self.resolved.to_yaml(), encoding="utf-8")
         packages = {name: version(name) for name in ("tempo-engine", "torch", "transformers", "safetensors", "numpy")}
         environment = {
@@ -251,7 +248,7 @@ class Training:
             "tokens": self.tokens,
             "seconds": self._seconds(),
             "metrics_size": self.metrics.size,
-            "samples_size": self._samples_size,
+            "samples_size": self.samples.size,
         }
 
     def _seconds(self) -> dict[str, float]:
@@ -280,9 +277,8 @@ class Training:
             if optimizer and own:
                 optimizer.load_state(own)
         loop.sampler.load(loop.policy)
-        if self.metrics.path.exists():  # not in a run that starts from another one's state
-            self.metrics.cut(state["metrics_size"])
-            self._samples_size = state["samples_size"]
+        self.metrics.cut(state["metrics_size"])
+        self.samples.cut(state["samples_size"])
 
     def _finish(self) -> dict[str, Any]:
         """Summary, curves and exports."""

@@ -2,13 +2,17 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tempo_em.console import PlainDisplay
+from tempo_em.loading import load_recipe
 from tempo_em.presets import PRESETS
 from tempo_em.schedule import EMLoop, Stage, advantages
 from tempo_em.train import Training
+from tempo_engine.errors import UserError
 from tempo_engine.evaluate import EvaluationSet
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Labelled
@@ -219,3 +223,12 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr("tempo_em.schedule.group_advantage", spy)
     loop.m_step(em, labelled, reward_S, unlabelled, "k")
     assert groups[0].bincount().tolist() == [4] * (len(unlabelled) // 4) + [3] * (len(labelled) // 3)
+
+
+def test_starting_from_a_run_without_a_critic_is_refused_before_a_folder_exists(train: Train, tmp_path: Path) -> None:
+    no_critic = ("initialisation.critic_warmup=0", "initialisation.rlvr=0")
+    voted = train("method=ttrl", *no_critic, "em.iterations=0")
+    resolved = load_recipe("tiny", ["cold_start.steps=20", *no_critic])
+    with pytest.raises(UserError, match="has no critic"):
+        Training(resolved, tmp_path / "new", PlainDisplay(), resume=False, start_from=voted.run_dir)
+    assert not (tmp_path / "new").exists()
