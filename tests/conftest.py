@@ -1,8 +1,10 @@
-"""Shared by all tests: one thread, small models, quiet libraries."""
+"""Shared by all tests: one thread, small models, quiet libraries, Triton as an interpreter."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Triton kernels run in its interpreter where a test asks for them with TEMPO_KERNELS=triton; read when they are imported.
+os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -134,7 +134,7 @@ class Policy:
             hidden_TD,
             self.head_weight,
             batch.target_T,
-            bias_V=self.head_bias,
+            bias=self.head_bias,
             temperature=self.temperature,
             softcap=self.softcap,
         )

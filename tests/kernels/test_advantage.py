@@ -6,6 +6,7 @@ import statistics
 import pytest
 import torch
 from tempo_kernels import advantage, group_advantage, split_values, whiten
+from tempo_kernels.advantage import explained_variance, merge_moments, moments, returns, whitened_advantage
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -132,6 +133,37 @@ def test_outcomes_must_be_as_many_as_sequences():
         advantage(torch.zeros(2), torch.zeros(6), CU)
 
 
+def test_baselines_may_come_without_terminal_values():
+    outcome_S, value_TS = torch.tensor([1.0, 0.25, 3.0]), torch.randn(6)
+    baseline_T, _ = split_values(value_TS, CU)
+    assert torch.equal(advantage(outcome_S, baseline_T, CU), advantage(outcome_S, value_TS, CU))
+
+
+def test_without_outcomes_each_sequence_s_own_terminal_value_counts():
+    value_TS = torch.randn(6, requires_grad=True)
+    advantage_T = advantage(None, value_TS, CU)
+    assert torch.equal(advantage_T, advantage(split_values(value_TS, CU)[1], value_TS, CU))
+    advantage_T.sum().backward()
+    assert value_TS.grad is not None
+    assert value_TS.grad.tolist() == [-1, -1, 2, 0, -1, 1]
+
+
+def test_a_wrong_number_of_values_is_answered_with_both_numbers_allowed():
+    with pytest.raises(ValueError, match=r"6 values .* or 3 without the terminal ones, got shape \(5,\)"):
+        advantage(torch.zeros(3), torch.zeros(5), CU)
+
+
+def test_without_outcomes_the_terminal_values_must_be_there():
+    with pytest.raises(ValueError, match=r"6 values \(one more than tokens in each\), got shape \(3,\)"):
+        advantage(None, torch.zeros(3), CU)
+
+
+def test_the_return_of_a_token_is_the_outcome_of_its_sequence():
+    assert returns(torch.tensor([1.0, 77.0, 2.0]), CU).tolist() == [1, 1, 2]
+    with pytest.raises(ValueError, match=r"one outcome per sequence \(3\), got 2"):
+        returns(torch.zeros(2), CU)
+
+
 def whitened(x: list[float], center: bool = True) -> list[float]:
     """The definition for one population of at least two."""
     mean = statistics.fmean(x) if center else 0.0
@@ -148,9 +180,9 @@ def test_whitening_by_hand():
 @pytest.mark.parametrize("center", [True, False])
 def test_whitening_matches_its_definition_per_population(center: bool):
     advantage_T = torch.randn(201) * 3 + 5
-    population_T = torch.tensor([7, -1, 0])[torch.randint(3, (201,))]
+    population_T = torch.tensor([3, 1, 0])[torch.randint(3, (201,))]
     white_T = whiten(advantage_T, population_T, center=center)
-    for population in (7, -1, 0):
+    for population in (3, 1, 0):
         rows = population_T == population
         want = whitened(advantage_T[rows].tolist(), center)
         assert white_T[rows].tolist() == pytest.approx(want, abs=1e-5)
@@ -221,6 +253,113 @@ def test_whitening_takes_half_precision_and_returns_float32():
     white_T = whiten(torch.tensor([1.0, 2.0, 4.0], dtype=torch.bfloat16), torch.zeros(3, dtype=torch.int64))
     assert white_T.dtype == torch.float32
     assert white_T.tolist() == pytest.approx(whitened([1.0, 2.0, 4.0]), abs=1e-6)
+
+
+def test_moments_by_hand():
+    # 1, 3 and 8: mean 4, squared distances 9 + 1 + 16; nobody belongs to population 1.
+    got = moments(torch.tensor([1.0, 5, 3, 8]), torch.tensor([0, 2, 0, 0]), 3)
+    assert [x.tolist() for x in got] == [[3, 0, 1], [4, 0, 5], [26, 0, 0]]
+    assert {x.dtype for x in got} == {torch.float64}
+
+
+def test_moments_of_parts_merge_into_those_of_the_whole():
+    advantage_T, population_T = torch.randn(200) * 3 + 1000, torch.randint(3, (200,))
+    pieces = [slice(0, 7), slice(7, 7), slice(7, 8), slice(8, 200)]
+    merged = merge_moments([moments(advantage_T[i], population_T[i], 3) for i in pieces])
+    for one, other in zip(merged, moments(advantage_T, population_T, 3), strict=True):
+        assert_close(one, other, rtol=1e-12, atol=0)
+
+
+def test_moments_do_not_lose_a_small_spread_beside_a_large_mean():
+    # E[A^2] - E[A]^2 would have no digit left, not even in float64.
+    advantage_T = torch.tensor([-1.0, 0.0, 1.0], dtype=torch.float64) + 1e9
+    parts = [moments(x, torch.zeros(len(x), dtype=torch.int64), 1) for x in (advantage_T[:1], advantage_T[1:])]
+    assert merge_moments(parts).m2_P.item() == pytest.approx(2)
+
+
+def test_moments_of_other_populations_do_not_merge():
+    two, three = (moments(torch.zeros(2), torch.zeros(2, dtype=torch.int64), n) for n in (2, 3))
+    with pytest.raises(ValueError, match=r"same populations, got \[\(2,\), \(3,\)\]"):
+        merge_moments([two, three])
+    with pytest.raises(ValueError, match=r"same populations, got \[\]"):
+        merge_moments([])
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_ranks_that_merge_their_moments_whiten_as_one(center: bool):
+    advantage_T, population_T = torch.randn(50) + 2, torch.randint(2, (50,))
+    ranks = [slice(0, 20), slice(20, 50)]
+    statistics = merge_moments([moments(advantage_T[i], population_T[i], 2) for i in ranks])
+    parts = [whiten(advantage_T[i], population_T[i], center=center, statistics=statistics) for i in ranks]
+    assert_close(torch.cat(parts), whiten(advantage_T, population_T, center=center), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("outside", [[-1, 0], [0, 2]])
+def test_populations_are_small_consecutive_integers(outside: list[int]):
+    with pytest.raises(ValueError, match=f"within 0..1, got {outside[0]}..{outside[1]}"):
+        moments(torch.zeros(2), torch.tensor(outside), 2)
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(3), torch.zeros(2, dtype=torch.int64), torch.ones(3, dtype=torch.bool)])
+def test_each_advantage_needs_one_population(wrong: Tensor):
+    with pytest.raises(ValueError, match="one integer population for each of 3"):
+        whiten(torch.zeros(3), wrong)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_whitened_advantage_is_advantage_and_whiten(center: bool):
+    lengths = [3, 1, 0, 7]
+    outcome_S, value_TS = torch.randn(4), torch.randn(15)
+    population_S = torch.tensor([0, 1, 1, 0])
+    white_T, statistics = whitened_advantage(
+        outcome_S, value_TS, cu(lengths), population_S, num_populations=2, center=center
+    )
+    advantage_T, population_T = advantage(outcome_S, value_TS, cu(lengths)), returns(population_S, cu(lengths))
+    assert torch.equal(white_T, whiten(advantage_T, population_T, center=center))
+    assert statistics.count_P.tolist() == [10, 1]
+
+
+def test_whitened_advantage_uses_the_statistics_of_all_ranks():
+    outcome_S, value_TS, population_S = torch.randn(4), torch.randn(15), torch.zeros(4, dtype=torch.int64)
+    whole_T, _ = whitened_advantage(outcome_S, value_TS, cu([3, 1, 0, 7]), population_S, num_populations=1)
+    other = moments(advantage(outcome_S[2:], value_TS[6:], cu([0, 7])), torch.zeros(7, dtype=torch.int64), 1)
+    part_T, _ = whitened_advantage(
+        outcome_S[:2], value_TS[:6], cu([3, 1]), population_S[:2], num_populations=1,
+        merge=lambda own: merge_moments([own, other]),
+    )  # fmt: skip
+    assert_close(part_T, whole_T[:4])
+
+
+def test_explained_variance_by_hand():
+    # Returns 0, 1, 2, 3 with variance 5/4; residuals 0, 0, 0, 1 with variance 3/16.
+    value_N, return_N = torch.tensor([0.0, 1, 2, 2]), torch.tensor([0.0, 1, 2, 3])
+    assert explained_variance(value_N, return_N).item() == pytest.approx(1 - 3 / 20)
+    assert explained_variance(return_N - 7, return_N) == 1
+    assert explained_variance(torch.zeros(4), return_N) == 0
+
+
+def test_explained_variance_counts_tokens_by_their_weights():
+    value_N, return_N, weight_N = torch.randn(5), torch.randn(5), torch.tensor([1, 2, 0, 1, 3])
+    repeated = explained_variance(value_N.repeat_interleave(weight_N), return_N.repeat_interleave(weight_N))
+    assert_close(explained_variance(value_N, return_N, weight_N), repeated)
+
+
+@pytest.mark.parametrize("weight", [[0.1, 0.2, 0.0], [0.0, 0.0, 0.0]])
+def test_returns_that_do_not_vary_have_no_explained_variance(weight: list[float]):
+    return_N = torch.tensor([0.1, 0.1, 5.0], dtype=torch.float64)
+    assert explained_variance(torch.randn(3), return_N, torch.tensor(weight)).isnan()
+    assert explained_variance(torch.randn(0), torch.randn(0)).isnan()
+
+
+def test_explained_variance_keeps_its_digits_beside_a_large_mean():
+    value_N, return_N = torch.randn(2, 100, dtype=torch.float64)
+    shifted = explained_variance(value_N + 1e8, return_N + 1e8)
+    assert shifted.item() == pytest.approx(explained_variance(value_N, return_N).item(), rel=1e-6)
+
+
+def test_explained_variance_needs_one_shape():
+    with pytest.raises(ValueError, match=r"of one shape, got \[\(2,\), \(3,\)\]"):
+        explained_variance(torch.zeros(2), torch.zeros(3))
 
 
 def test_group_advantage_without_std_is_the_distance_from_the_group_s_mean():

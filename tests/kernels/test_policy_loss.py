@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tempo_kernels import policy_loss, token_weights
-from tempo_kernels.policy_loss import PolicyLossKind
+from tempo_kernels.policy_loss import PolicyLossKind, effective_sample_size
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -258,6 +258,184 @@ def test_a_batch_without_tokens_loses_nothing(kind: PolicyLossKind, cu_seqlens: 
     assert all(metric == 0 for metric in loss.metrics.values())
 
 
+def test_clip_fractions_are_told_apart_by_their_bound():
+    # Ratios 1.5, 0.5 and 5 with A > 0, A < 0 and A < 0: one token at each bound, and one at none.
+    logprob_T = torch.tensor([1.5, 0.5, 5.0, 1.0]).log()
+    advantage_T, weight_T = torch.tensor([1.0, -1, -1, 1]), torch.tensor([0.1, 0.2, 0.3, 0.4])
+    metrics = policy_loss(
+        logprob_T, torch.zeros(4), advantage_T, weight_T, cu([4]), kind="ppo", dual_clip=3.0
+    ).metrics  # fmt: skip
+    assert metrics["actor/clipfrac_high"].item() == pytest.approx(0.1)
+    assert metrics["actor/clipfrac_low"].item() == pytest.approx(0.2)
+    assert metrics["actor/pg_clipfrac"].item() == pytest.approx(0.3)
+    assert metrics["actor/pg_clipfrac_lower"].item() == pytest.approx(0.3)
+    assert metrics["actor/ratio_max"].item() == pytest.approx(5)
+
+
+def one_kl(log_gap: float, **options) -> tuple[float, float, float]:
+    """Loss, gradient and KL metric of a single token of weight 1 with log(reference / policy) = log_gap."""
+    logprob_T = torch.tensor([-3.0], dtype=torch.float64, requires_grad=True)
+    zero_T, one_T = torch.zeros(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    loss = policy_loss(
+        logprob_T, logprob_T.detach(), zero_T, one_T, cu([1]), kind="ppo", ref_logprob_T=logprob_T.detach() + log_gap,
+        **options,
+    )  # fmt: skip
+    loss.total.backward()
+    assert logprob_T.grad is not None
+    return loss.total.item(), logprob_T.grad.item(), loss.metrics["actor/kl_loss"].item()
+
+
+def test_k1_is_the_log_ratio_and_its_slope_is_1_whatever_the_reference():
+    assert one_kl(0.5, kl="k1", kl_coef=0.1) == pytest.approx((-0.05, 0.1, -0.5))
+    assert one_kl(-2.0, kl="k1", kl_coef=0.1) == pytest.approx((0.2, 0.1, 2.0))
+
+
+@pytest.mark.parametrize("log_gap", [0.5, 0.0, -2.0, -60.0])
+def test_k3_is_never_negative_and_pulls_towards_the_reference(log_gap: float):
+    k3 = math.exp(log_gap) - 1 - log_gap
+    assert one_kl(log_gap, kl_coef=0.1) == pytest.approx((0.1 * k3, 0.1 * (1 - math.exp(log_gap)), k3))
+
+
+def test_a_token_that_the_policy_lost_does_not_overflow_the_kl():
+    total, gradient, kl = one_kl(500.0, kl_coef=1.0)
+    assert (total, gradient) == (pytest.approx(math.exp(10) - 11), 0)
+    assert kl == total
+
+
+def test_k3_estimates_the_kl_without_bias():
+    # Over a vocabulary of 5, weighted by the policy, both estimators have the KL as mean.
+    policy_V, reference_V = torch.randn(2, 5, dtype=torch.float64).log_softmax(-1)
+    want = (policy_V.exp() * (policy_V - reference_V)).sum()
+    for kl in ("k1", "k3"):
+        got = policy_loss(
+            policy_V, policy_V, torch.zeros(5), policy_V.exp(), cu([5]), kind="ppo", ref_logprob_T=reference_V, kl=kl
+        )
+        assert_close(got.metrics["actor/kl_loss"], want)
+
+
+def test_a_reference_without_a_coefficient_is_only_measured():
+    logprob_T = torch.randn(4, requires_grad=True)
+    inputs = (logprob_T, torch.randn(4), torch.randn(4), torch.ones(4), cu([4]))
+    plain = policy_loss(*inputs, kind="ppo")
+    measured = policy_loss(*inputs, kind="ppo", ref_logprob_T=torch.randn(4))
+    assert torch.equal(plain.total, measured.total)
+    assert "actor/kl_loss" not in plain.metrics
+    assert measured.metrics["actor/kl_loss"] > 0
+
+
+def test_the_entropy_bonus_lowers_the_loss_and_pulls_entropy_up():
+    entropy_T = torch.tensor([1.0, 2.0], requires_grad=True)
+    weight_T = torch.tensor([0.25, 0.75])
+    zero_T = torch.zeros(2)
+    loss = policy_loss(
+        zero_T, zero_T, zero_T, weight_T, cu([2]), kind="ppo", entropy_T=entropy_T, entropy_coef=0.1
+    )  # fmt: skip
+    loss.total.backward()
+    assert loss.total.item() == pytest.approx(-0.175)
+    assert loss.metrics["actor/entropy"].item() == pytest.approx(1.75)
+    assert_close(entropy_T.grad, -0.1 * weight_T)
+
+
+def test_entropy_without_a_coefficient_is_only_measured():
+    entropy_T, logprob_T = torch.rand(2, requires_grad=True), torch.zeros(2, requires_grad=True)
+    loss = policy_loss(
+        logprob_T, torch.zeros(2), torch.ones(2), torch.ones(2), cu([2]), kind="ppo", entropy_T=entropy_T
+    )  # fmt: skip
+    assert torch.autograd.grad(loss.total, entropy_T, allow_unused=True)[0] is None
+    assert_close(loss.metrics["actor/entropy"], entropy_T.detach().sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_importance_weights_scale_the_policy_gradient_up_to_their_cap(kind: PolicyLossKind):
+    # The old policy finds the tokens e^0.1 and e^2 times as likely as the sampler did: weights e^0.1, and 2, the cap.
+    old_T, noise_T = torch.tensor([-1.0, -1.0]), torch.tensor([0.05, -0.05])
+    sampler_T, weight_T = old_T - torch.tensor([0.1, 2.0]), torch.tensor([0.5, 0.5])
+    c_T = torch.tensor([math.exp(0.1), 2.0])
+
+    def gradient(weight_T: Tensor, **options):
+        logprob_T = (old_T + noise_T).requires_grad_()
+        loss = policy_loss(
+            logprob_T, old_T, torch.tensor([1.0, -1.0]), weight_T, cu([1, 1]), kind=kind,
+            ref_logprob_T=old_T, sampler_logprob_T=sampler_T, **options,
+        )  # fmt: skip
+        return torch.autograd.grad(loss.total, logprob_T)[0], loss.metrics
+
+    weighed_T, metrics = gradient(weight_T, importance_cap=2.0)
+    assert_close(weighed_T, gradient(c_T * weight_T)[0])
+    assert_close(metrics["actor/kl_loss"], gradient(weight_T)[1]["actor/kl_loss"])
+    assert metrics["actor/ess_ratio"].item() == pytest.approx((math.exp(0.1) + 2) / 2)
+
+
+def test_importance_weights_carry_no_gradient():
+    sampler_T = torch.zeros(2, requires_grad=True)
+    zero_T = torch.zeros(2, requires_grad=True)
+    loss = policy_loss(
+        zero_T, torch.zeros(2), torch.ones(2), torch.ones(2), cu([2]), kind="ppo", sampler_logprob_T=sampler_T,
+        importance_cap=2.0,
+    )  # fmt: skip
+    assert torch.autograd.grad(loss.total, sampler_T, allow_unused=True)[0] is None
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_effective_sample_size_is_the_share_of_tokens_that_count(scale: float):
+    # Ratios 3, 1 and 1: (5/3)^2 / (11/3), whatever the weights add up to.
+    logprob_T, weight_T = torch.tensor([3.0, 1, 1]).log(), torch.full((3,), scale / 3)
+    metrics = policy_loss(logprob_T, torch.zeros(3), torch.ones(3), weight_T, cu([3]), kind="ppo").metrics
+    assert effective_sample_size(metrics) == pytest.approx(25 / 33)
+
+
+def test_effective_sample_size_of_equal_weights_is_1_and_of_nothing_nan():
+    one_T = torch.ones(3)
+    assert effective_sample_size(policy_loss(one_T, one_T, one_T, one_T, cu([3]), kind="ppo").metrics) == 1
+    empty = torch.zeros(0)
+    assert math.isnan(
+        effective_sample_size(policy_loss(empty, empty, empty, empty, cu([]), kind="ppo").metrics)
+    )  # fmt: skip
+
+
+def test_effective_sample_size_may_be_formed_after_micro_batches_are_added_up():
+    logprob_T, old_T, advantage_T, weight_T = (*torch.randn(3, 6).double(), torch.rand(6).double())
+    whole = policy_loss(logprob_T, old_T, advantage_T, weight_T, cu([6]), kind="ppo").metrics
+    parts = [
+        policy_loss(logprob_T[i], old_T[i], advantage_T[i], weight_T[i], cu([3]), kind="ppo").metrics
+        for i in (slice(3), slice(3, 6))
+    ]
+    summed = {name: parts[0][name] + parts[1][name] for name in parts[0]}
+    assert effective_sample_size(summed) == pytest.approx(effective_sample_size(whole))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_read_as_float32(dtype: torch.dtype):
+    x_4T = torch.randn(4, 5).to(dtype)
+    half_T = x_4T[0].clone().requires_grad_()
+    half = policy_loss(half_T, x_4T[1], x_4T[2], x_4T[3], cu([5]), kind="ppo")
+    half.total.backward()
+    x_4T = x_4T.float()
+    wide = policy_loss(x_4T[0], x_4T[1], x_4T[2], x_4T[3], cu([5]), kind="ppo")
+    assert torch.equal(half.total, wide.total)
+    assert half_T.grad is not None
+    assert half_T.grad.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kl": "k2"}, "k1 or k3, got 'k2'"),
+        ({"kl_coef": 0.1}, "want ref_logprob for a coefficient of 0.1"),
+        ({"entropy_coef": 0.1}, "want entropy for a coefficient of 0.1"),
+        ({"importance_cap": 2.0}, "want sampler_logprob for an importance_cap of 2.0"),
+        ({"importance_cap": 0.0, "sampler_logprob_T": torch.ones(1)}, "importance_cap must be positive, got 0.0"),
+        ({"dual_clip": 1.0}, "dual_clip must be above 1"),
+        ({"clip_low": -0.1}, "must not be negative"),
+        ({"entropy_T": torch.ones(2)}, r"entropy must be vectors with one entry per response token \(1\).* 2$"),
+    ],
+)
+def test_options_that_make_no_sense_are_answered(options, message: str):
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match=message):
+        policy_loss(one, one, one, one, cu([1]), kind="ppo", **options)
+
+
 def test_an_unknown_kind_is_answered_with_the_choices():
     one = torch.ones(1)
     with pytest.raises(ValueError, match="ppo, gspo or reinforce, got 'trpo'"):
@@ -295,6 +473,20 @@ def test_without_tokens_there_are_no_weights(aggregate):
     assert token_weights(cu([0, 0]), aggregate).tolist() == []
 
 
+def test_a_fixed_denominator_weighs_a_token_alike_whatever_the_lengths():
+    assert token_weights(cu([1, 0, 3]), "fixed_denominator", denominator=10).tolist() == pytest.approx([1 / 20] * 4)
+    assert token_weights(cu([7, 9]), "fixed_denominator", denominator=10).tolist() == pytest.approx([1 / 20] * 16)
+    assert token_weights(cu([0, 0]), "fixed_denominator", denominator=10).tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("aggregate", "denominator"), [("fixed_denominator", None), ("fixed_denominator", 0.0), ("token_mean", 3.0)]
+)
+def test_a_denominator_belongs_to_fixed_denominator(aggregate, denominator):
+    with pytest.raises(ValueError, match=f"positive denominator .* got {denominator} for {aggregate}"):
+        token_weights(cu([1]), aggregate, denominator=denominator)
+
+
 def test_an_unknown_aggregate_is_answered_with_the_choices():
-    with pytest.raises(ValueError, match="token_mean or sequence_mean, got 'sum'"):
+    with pytest.raises(ValueError, match="token_mean, sequence_mean or fixed_denominator, got 'sum'"):
         token_weights(cu([1]), "sum")  # pyright: ignore[reportArgumentType]
