@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from tempo_kernels import TokenStats, linear_logprob, value_of, value_score
+from tempo_kernels import TokenStats, linear_logprob, value_head
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
 from torch import Tensor, nn
@@ -166,19 +166,18 @@ class Critic:
         if self.backbone == "separate":
             self.trunk.load_state_dict(policy.trunk.state_dict())
 
-    def scores(self, batch: PackedBatch) -> Tensor:
-        """The head's output before its activation, [TS] float32."""
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """Hidden states that values are read from, [TS, D]; without gradient on the policy's trunk."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone == "separate"):
-            hidden = hidden_states(self.trunk, batch, batch.value_index_TS)
-        return value_score(hidden, self.weight, self.bias)
+            return hidden_states(self.trunk, batch, batch.value_index_TS)
 
     @torch.no_grad()
     def values(self, batch: PackedBatch, max_tokens: int) -> Tensor:
         """T + 1 values per sequence, [TS] float32, computed in micro-batches of at most `max_tokens`."""
         value_TS = torch.empty(len(batch.value_index_TS), dtype=torch.float32, device=self.weight.device)
         for rows in batch.micro_batches(torch.arange(len(batch), device=self.weight.device), max_tokens):
-            part = value_of(self.scores(batch.select(rows)), self.head).float()
-            value_TS[segment_index(batch.cu_values_S1, rows)] = part
+            part = value_head(self.hidden(batch.select(rows)), self.weight, self.bias, head=self.head)
+            value_TS[segment_index(batch.cu_values_S1, rows)] = part.float()
         return value_TS
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:

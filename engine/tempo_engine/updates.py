@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tempo_kernels import policy_loss, token_weights, value_loss
-from tempo_kernels.policy_loss import PolicyLossKind
+from tempo_kernels import policy_loss, token_weights, value_head_loss
+from tempo_kernels.policy_loss import PolicyLossKind, effective_sample_size
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import ValueClip, ValueLossKind
 from torch import Tensor
@@ -32,6 +32,7 @@ class CriticUpdate:
     loss: ValueLossKind = "mse"
     clip: ValueClip = "none"
     clip_range: float = 0.1
+    target_range: tuple[float, float] = (0.0, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +66,7 @@ def fit_critic(
     number of sequences of the whole minibatch. `batch` holds labelled rows only.
     """
     metrics = Accumulator()
+    bins_3B = torch.zeros(3, 1, device=return_S.device)
     old_value_TS = critic.values(batch, how.micro_batch_tokens) if how.clip != "none" else None
     generator = torch.Generator().manual_seed(seed)
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
@@ -72,8 +74,10 @@ def fit_critic(
         for micro in batch.micro_batches(rows, how.micro_batch_tokens):
             part = batch.select(micro)
             values_per_sequence = part.response_length_S + 1
-            loss = value_loss(
-                critic.scores(part),
+            loss = value_head_loss(
+                critic.hidden(part),
+                critic.weight,
+                critic.bias,
                 return_S[micro].repeat_interleave(values_per_sequence),
                 (1.0 / (len(rows) * values_per_sequence)).repeat_interleave(values_per_sequence),
                 head=critic.head,
@@ -82,11 +86,27 @@ def fit_critic(
                 clip_range=how.clip_range,
                 old_value_N=None if old_value_TS is None else old_value_TS[segment_index(batch.cu_values_S1, micro)],
                 cu_seqlens_S1=part.cu_values_S1,
+                value_range=how.target_range,
             )
             loss.total.backward()
             metrics.add(loss.metrics)
+            bins_3B = bins_3B + loss.bins_3B
         metrics.end_step({"critic/grad_norm": optimizer.step()})
-    return metrics.means()
+    return critic_metrics(metrics.means(), bins_3B)
+
+
+def critic_metrics(means: dict[str, float], bins_3B: Tensor) -> dict[str, float]:
+    """The sums that `value_head_loss` knows, read as what a person asks: how much of the outcomes' variance the values explain,
+    and how far values are from outcomes among responses of like value (expected calibration error over ten bins)."""
+    moments = {name: means.pop(f"critic/{name}") for name in ("weight", "return_square", "error_mean", "error_square")}
+    weight = moments["weight"] or 1.0
+    variance = moments["return_square"] / weight - (means["critic/return_mean"] / weight) ** 2
+    error_variance = moments["error_square"] / weight - (moments["error_mean"] / weight) ** 2
+    total_B, value_B, return_B = bins_3B.double()
+    return means | {
+        "critic/vf_explained_var": 1.0 - error_variance / variance if variance > 1e-12 else 0.0,
+        "critic/calibration_error": float((value_B - return_B).abs().sum() / total_B.sum().clamp(min=1e-12)),
+    }
 
 
 def improve_policy(
@@ -121,14 +141,16 @@ def improve_policy(
                 clip_low=how.clip_low,
                 clip_high=how.clip_high,
                 dual_clip=how.dual_clip,
+                entropy_T=stats.entropy_T,
+                entropy_coef=how.entropy_coef,
             )
-            entropy = (weight_T[index] * stats.entropy_T).sum()
-            total = loss.total - how.entropy_coef * entropy if how.entropy_coef else loss.total
-            total.backward()
-            metrics.add({**loss.metrics, "actor/entropy": entropy.detach()})
+            loss.total.backward()
+            metrics.add(loss.metrics)
         metrics.end_step({"actor/grad_norm": optimizer.step()})
     policy.version += 1
-    return metrics.means()
+    means = metrics.means()
+    ess = effective_sample_size(means)
+    return {name: value for name, value in means.items() if not name.startswith("actor/ess_")} | {"actor/ess": ess}
 
 
 def imitate(policy: Policy, optimizer: Optimizer, batch: PackedBatch, *, micro_batch_tokens: int) -> dict[str, float]:

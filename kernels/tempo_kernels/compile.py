@@ -15,13 +15,17 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from tempo_kernels.advantage import advantage, whiten, whitened_advantage
 from tempo_kernels.dispatch import IS_INTERPRETED, Launch, Target, knobs, recorded, triton
 from tempo_kernels.linear_logprob import linear_logprob
+from tempo_kernels.logprob import gather_logprob
+from tempo_kernels.policy_loss import PolicyLossKind, policy_loss
+from tempo_kernels.value_head import HeadKind, ValueClip, ValueLossKind, value_head, value_head_loss
 
 
 class Device(NamedTuple):
@@ -104,23 +108,78 @@ def sources(target: str) -> list[Source]:
     return list(found.values())
 
 
-def _workloads() -> Iterator[tuple[str, Callable[[], None]]]:
-    """Every op, forward and backward, in each form that compiles to other code. The hidden size is Qwen3-8B's."""
+def _workloads() -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every op, forward and backward, in each form that compiles to other code. Sizes are Qwen3-8B's where kernels depend on
+    them; of tokens and vocabulary they don't."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        for mode, max_bytes in (("SLAB", 2**15), ("STORE", 2**30)):
-            yield f"linear_logprob {name} {mode}", partial(_linear_logprob, dtype, max_bytes)
-            yield (
-                f"linear_logprob {name} {mode}, bias, softcap",
-                partial(_linear_logprob, dtype, max_bytes, softcap=30.0),
-            )
+        for mode, columns in (("SLAB", 512), ("STORE", 1024)):
+            run = partial(_linear_logprob, dtype, max_bytes=16 * columns * dtype.itemsize)
+            yield f"linear_logprob {name} {mode}", run
+            yield f"linear_logprob {name} {mode}, bias, softcap", partial(run, softcap=30.0)
+    yield "gather_logprob bf16", _gather_logprob
+    for head, loss, clip, has_norm in _VALUE_HEADS:
+        label = f"value_head {head} {loss}, clip {clip}{', norm' if has_norm else ''}"
+        yield label, partial(_value_head, head, loss, clip, has_norm)
+    yield "advantage, whitened", _advantage
+    yield "policy_loss gspo", partial(_policy_loss, "gspo", has_all=False)
+    for kind in get_args(PolicyLossKind):
+        yield f"policy_loss {kind}, importance, KL, entropy", partial(_policy_loss, kind, has_all=True)
 
 
-def _linear_logprob(dtype: torch.dtype, max_bytes: int, softcap: float | None = None) -> None:
+_VALUE_HEADS: tuple[tuple[HeadKind, ValueLossKind, ValueClip, bool], ...] = (
+    ("linear", "mse", "none", False),
+    ("linear", "mse", "token", True),
+    ("linear", "mse", "sequence_mean", True),
+    ("sigmoid", "bce", "none", True),
+)
+_CU_SEQLENS = torch.tensor([0, 7, 16])
+
+
+def _linear_logprob(dtype: torch.dtype, *, max_bytes: int, softcap: float | None = None) -> None:
     hidden_TD, head_VD = _tensor(16, 4096, dtype=dtype), _tensor(1024, 4096, dtype=dtype)
     bias_V = _tensor(1024, dtype=dtype) if softcap else None
     target_T = torch.zeros(16, dtype=torch.int64)
     stats = linear_logprob(hidden_TD, head_VD, target_T, bias=bias_V, softcap=softcap, max_bytes=max_bytes)
     (stats.logprob_T + stats.entropy_T).sum().backward()
+
+
+def _gather_logprob() -> None:
+    stats = gather_logprob(_tensor(16, 151936, dtype=torch.bfloat16), torch.zeros(16, dtype=torch.int64))
+    (stats.logprob_T + stats.entropy_T).sum().backward()
+
+
+def _value_head(head: HeadKind, loss: ValueLossKind, clip: ValueClip, has_norm: bool) -> None:
+    hidden_ND, weight_D = _tensor(16, 4096, dtype=torch.bfloat16), _tensor(4096)
+    norm_weight_D = _tensor(4096) if has_norm else None
+    result = value_head_loss(
+        hidden_ND, weight_D, _tensor(1), torch.ones(16), torch.ones(16), head=head, loss=loss, clip=clip,
+        old_value_N=torch.zeros(16), cu_seqlens_S1=_CU_SEQLENS, norm_weight_D=norm_weight_D,
+    )  # fmt: skip
+    result.total.backward()
+    value_head(hidden_ND, weight_D, _tensor(1), head=head, norm_weight_D=norm_weight_D).sum().backward()
+
+
+def _advantage() -> None:
+    advantage_T = advantage(torch.ones(2), torch.zeros(18), _CU_SEQLENS)
+    whiten(advantage_T, torch.zeros(16, dtype=torch.int64))
+    whitened_advantage(
+        torch.ones(2), torch.zeros(18), _CU_SEQLENS, torch.zeros(2, dtype=torch.int64), num_populations=1
+    )
+
+
+def _policy_loss(kind: PolicyLossKind, *, has_all: bool) -> None:
+    plain_T = torch.zeros(16)
+    options: dict[str, Any] = {
+        "ref_logprob_T": plain_T,
+        "kl_coef": 0.1,
+        "sampler_logprob_T": plain_T,
+        "importance_cap": 2.0,
+    }
+    result = policy_loss(
+        _tensor(16), plain_T, plain_T, torch.ones(16), _CU_SEQLENS, kind=kind, entropy_T=_tensor(16), entropy_coef=0.1,
+        **(options if has_all else {}),
+    )  # fmt: skip
+    result.total.backward()
 
 
 def _tensor(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -252,6 +252,7 @@ def _critic_update(recipe: Recipe) -> CriticUpdate:
         loss=recipe.critic.loss,
         clip=how.clip,
         clip_range=how.clip_range,
+        target_range=recipe.critic.target_range,
     )
 
 

@@ -1,4 +1,4 @@
-"""tempo-engine: train, eval, recipes. Imports torch only inside the commands, so that --help is quick."""
+"""tempo-engine: train, eval, recipes, bench. Imports torch only inside the commands, so that --help is quick."""
 
 import sys
 from pathlib import Path
@@ -68,6 +68,35 @@ def recipes(
     from tempo_em.commands import recipes_command
 
     raise typer.Exit(recipes_command(copy))
+
+
+bench = typer.Typer(help="Measure: the kernels against other libraries' kernels.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command()
+def kernels(
+    is_compile: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Compile every kernel ahead of time and report registers, spills, shared memory."
+        ),
+    ] = False,
+    target: Annotated[
+        list[str] | None, typer.Option(help="With --compile: sm_80, sm_90, sm_100 or gfx942; repeatable. Default: all.")
+    ] = None,
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only cases whose name contains this; repeatable. Default: all.")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Tiny shapes: checks the peers, says nothing about speed.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Time each op against named peers, after checking that both compute the same; or compile all kernels (--compile)."""
+    from tempo_em.commands import bench_kernels_command
+
+    raise typer.Exit(bench_kernels_command(is_compile, target or [], case or [], quick, json_file))
 
 
 def main() -> None:

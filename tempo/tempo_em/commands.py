@@ -25,20 +25,19 @@ from tempo_em.presets import PRESETS
 P = ParamSpec("P")
 
 
-def _exit_codes(command: Callable[P, None]) -> Callable[P, int]:
+def _exit_codes(command: Callable[P, int | None]) -> Callable[P, int]:
     @functools.wraps(command)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("transformers").setLevel(logging.ERROR)
         try:
-            command(*args, **kwargs)
+            return command(*args, **kwargs) or 0
         except UserError as error:
             print(f"tempo-engine: {error}", file=sys.stderr)
             return 2
         except Interrupted as interrupted:
             print(f"tempo-engine: {interrupted}", file=sys.stderr)
             return interrupted.code
-        return 0
 
     return wrapped
 
@@ -142,3 +141,21 @@ def recipes_command(copy: str | None) -> None:
         raise UserError(f"{target} exists already; move it away first")
     target.write_text(packaged[copy], encoding="utf-8")
     print(f"wrote {target}; run it with: tempo-engine train {target}")
+
+
+@_exit_codes
+def bench_kernels_command(
+    is_compile: bool, targets: list[str], cases: list[str], quick: bool, json_file: Path | None
+) -> int:
+    from tempo_em.bench import bench_kernels, compile_report
+
+    if is_compile and (cases or quick):
+        raise UserError("--case and --quick choose what is timed; --compile times nothing: drop one of them")
+    if targets and not is_compile:
+        raise UserError("--target chooses what to compile for: add --compile")
+    is_well = (
+        compile_report(targets, json_file=json_file)
+        if is_compile
+        else bench_kernels(cases, quick=quick, json_file=json_file)
+    )
+    return 0 if is_well else 1

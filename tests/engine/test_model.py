@@ -9,6 +9,7 @@ from tempo_engine.errors import UserError
 from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Prompt, Rollout
+from tempo_kernels import value_head
 
 MakePolicy = Callable[..., Policy]
 MakeRollouts = Callable[..., list[Rollout]]
@@ -75,7 +76,7 @@ def test_values_are_float32_even_for_a_bfloat16_model(make_policy: MakePolicy, m
     policy = make_policy(dtype="bfloat16")
     critic = critic_of(policy)
     assert critic.weight.dtype == torch.float32
-    assert critic.scores(pack(make_rollouts(LENGTHS))).dtype == torch.float32
+    assert critic.values(pack(make_rollouts(LENGTHS)), 10_000).dtype == torch.float32
 
 
 def test_a_separate_critic_shares_no_memory_with_the_policy(make_policy: MakePolicy) -> None:
@@ -91,7 +92,8 @@ def test_a_shared_critic_trains_its_head_and_never_the_policys_trunk(
     policy = make_policy()
     critic = critic_of(policy, "shared")
     assert [name for name, _ in critic.parameters()] == ["value_head.weight", "value_head.bias"]
-    critic.scores(pack(make_rollouts(LENGTHS))).sum().backward()
+    hidden = critic.hidden(pack(make_rollouts(LENGTHS)))
+    value_head(hidden, critic.weight, critic.bias, head=critic.head).sum().backward()
     assert critic.weight.grad is not None
     assert all(p.grad is None for p in policy.model.parameters())
 

@@ -8,6 +8,8 @@ from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
 from tempo_engine.rollout import Rollout
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, imitate, improve_policy, token_logprobs
+from tempo_kernels import advantage, whiten
+from triton.runtime.interpreter import GridExecutor
 
 MakePolicy = Callable[..., Policy]
 MakeRollouts = Callable[..., list[Rollout]]
@@ -133,6 +135,75 @@ def test_rewarded_tokens_become_likelier_and_punished_ones_rarer(
     assert policy.version == 1
     assert metrics["actor/pg_clipfrac"] == 0
     assert metrics["actor/grad_norm"] > 0
+
+
+def test_a_fit_reports_explained_variance_and_calibration(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    """Every value is 0 and three of five outcomes are 1: values explain nothing, and are off by 0.6 on average."""
+    batch = pack(make_rollouts(LENGTHS))
+    critic = Critic(make_policy(), backbone="separate", head="linear")
+    optimizer = Optimizer(critic.parameters(), lr=0.0)
+    how = critic_update(micro_batch_tokens=20, epochs=2)
+    metrics = fit_critic(critic, optimizer, batch, torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), how, seed=0)
+    assert metrics["critic/vf_explained_var"] == pytest.approx(0.0, abs=1e-6)
+    assert metrics["critic/calibration_error"] == pytest.approx(0.6)
+    assert "critic/error_square" not in metrics
+
+
+def test_an_on_policy_update_uses_every_token_fully(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    policy, batch = make_policy(), pack(make_rollouts([(3, 4), (2, 4)]))
+    before = token_logprobs(policy, batch, 10_000)
+    optimizer = Optimizer(policy.parameters(), lr=1e-3)
+    metrics = improve_policy(policy, optimizer, batch, torch.ones(8), policy_update(), old_logprob_T=before, seed=0)
+    assert metrics["actor/ess"] == pytest.approx(1.0)
+    assert metrics["actor/entropy"] > 0
+
+
+def trained(policy: Policy, rollouts: list[Rollout], how: dict[str, Any]) -> list[torch.Tensor]:
+    """All weights of policy and critic after two E-steps and two M-steps."""
+    batch, return_S = pack(rollouts), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+    critic = Critic(policy, backbone="separate", head="linear")
+    policy_optimizer, critic_optimizer = (Optimizer(x.parameters(), lr=1e-3) for x in (policy, critic))
+    for seed in range(2):
+        fit_critic(
+            critic, critic_optimizer, batch, return_S, critic_update(clip=how["value_clip"], epochs=2), seed=seed
+        )
+        value_TS = critic.values(batch, 30)
+        advantage_T = whiten(advantage(return_S, value_TS, batch.cu_responses_S1), torch.zeros(22, dtype=torch.int64))
+        old_logprob_T = token_logprobs(policy, batch, 30)
+        update = policy_update(loss=how["loss"], minibatches=2, micro_batch_tokens=30, entropy_coef=0.01)
+        improve_policy(policy, policy_optimizer, batch, advantage_T, update, old_logprob_T=old_logprob_T, seed=seed)
+    return [p.detach().clone() for _, p in [*policy.parameters(), *critic.parameters()]]
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"loss": "gspo", "value_clip": "sequence_mean"},
+        {"loss": "ppo", "value_clip": "token"},
+        {"loss": "reinforce", "value_clip": "none"},
+    ],
+    ids=lambda how: how["loss"],
+)
+def test_training_through_triton_ends_at_the_same_weights(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts, how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollouts, found, launched = make_rollouts(LENGTHS), {}, []
+    execute = GridExecutor.__call__
+    monkeypatch.setattr(
+        GridExecutor, "__call__", lambda self, *a, **k: (launched.append(self.fn), execute(self, *a, **k))
+    )
+    for kernels in ("torch", "triton"):
+        assert not launched
+        monkeypatch.setenv("TEMPO_KERNELS", kernels)
+        found[kernels] = trained(make_policy(), rollouts, how)
+    names = {f"{kernel.__module__}.{kernel.__name__}" for kernel in launched}
+    for op in ("linear_logprob", "value_head", "policy_loss", "advantage"):
+        assert any(f"tempo_kernels.{op}" in name for name in names), f"{op} did not run in Triton"
+    start = [p.detach() for _, p in make_policy().parameters()]
+    assert max(float((x - y).abs().max()) for x, y in zip(start, found["torch"], strict=False)) > 1e-3
+    for one, other in zip(found["torch"], found["triton"], strict=True):
+        # a step of AdamW is about 1e-3 whatever the gradient's size, so rounding shows only where a gradient is nearly zero
+        assert torch.allclose(one, other, atol=2e-5)
 
 
 def test_the_same_update_gives_the_same_bits(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from tempo_kernels.dispatch import Target, recorded
-from tempo_kernels.policy_loss import BLOCK, MAXES, Loss, effective_sample_size, policy_loss
+from tempo_kernels.policy_loss import Loss, effective_sample_size, policy_loss
+from tempo_kernels.policy_loss_triton import BLOCK, MAXES
 from tempo_kernels.segments import boundaries
 from torch import Tensor
 

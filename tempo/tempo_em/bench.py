@@ -1,0 +1,95 @@
+"""`tempo-engine bench kernels`: time the kernels against their peers, or compile them for GPUs that are not here."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from tempo_engine.errors import UserError
+
+# Qwen3-8B: hidden size, vocabulary; and the tokens of a usual minibatch.
+HIDDEN_SIZE, VOCAB_SIZE, NUM_TOKENS = 4096, 151936, 8192
+
+
+def bench_kernels(cases: list[str], *, quick: bool, json_file: Path | None) -> bool:
+    """Print one table of our ops against each peer; whether all of ours computed what they should."""
+    from tempo_kernels.bench import run_benchmarks, table, write_json
+
+    _check_writable(json_file)
+    console = Console()
+    with console.status("measuring") as status:
+        try:
+            rows = run_benchmarks(
+                cases,
+                quick=quick,
+                progress=lambda row: status.update(f"measured {row.op} {row.case} against {row.peer}"),
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    console.print(table(rows))
+    if json_file is not None:
+        write_json(json_file, rows)
+    return not any(row.note.startswith("ours:") for row in rows)
+
+
+def compile_report(targets: list[str], *, json_file: Path | None) -> bool:
+    """Print registers, spills, shared memory and matrix instructions of every kernel, and the floors; whether all is well."""
+    from tempo_kernels.bench import write_json
+    from tempo_kernels.compile import DEVICES, compile_kernels
+
+    _check_writable(json_file)
+    console = Console()
+    with console.status("compiling") as status:
+        try:
+            rows = compile_kernels(
+                targets or list(DEVICES), on_row=lambda row: status.update(f"compiled {row.op} for {row.target}")
+            )
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    report = Table(title="Kernels, compiled ahead of time")
+    for heading in ("op", "kernel", "target"):
+        report.add_column(heading)
+    for heading in ("registers", "spilled bytes", "shared bytes", "matrix instr."):
+        report.add_column(heading, justify="right")
+    report.add_column("problems")
+    for row in rows:
+        numbers = (str(x) for x in (row.registers, row.spills, row.shared, row.mma))
+        report.add_row(
+            row.op, row.kernel, row.target, *numbers, f"[red]{', '.join(row.problems)}" if row.problems else ""
+        )
+    console.print(report)
+    console.print(_floors())
+    if json_file is not None:
+        write_json(json_file, rows)
+    problems = sum(bool(row.problems) for row in rows)
+    console.print(f"{len(rows)} kernels, {problems} with problems")
+    return not problems
+
+
+def _floors() -> Table:
+    """What each op must compute and move, and how long an H100 needs for that."""
+    from tempo_kernels import cost
+
+    T, D, V = NUM_TOKENS, HIDDEN_SIZE, VOCAB_SIZE
+    table = Table(title=f"Least work of a pass, T={T} tokens, D={D}, V={V} (Qwen3-8B), bf16; floor on an H100 SXM")
+    table.add_column("op")
+    for heading in ("TFLOP", "GB moved", "GB of memory", "floor ms"):
+        table.add_column(heading, justify="right")
+    forward, backward = cost.linear_logprob_forward, cost.linear_logprob_backward
+    rows = {f"linear_logprob forward, {mode}": forward(T, D, V, mode=mode) for mode in ("STORE", "SLAB")}
+    rows |= {f"linear_logprob backward, {mode}": backward(T, D, V, mode=mode) for mode in ("STORE", "SLAB")}
+    rows["linear_logprob backward, NOBUF of 16 MiB"] = backward(T, D, V, mode="NOBUF", max_bytes=2**24)
+    rows["gather_logprob forward"] = cost.gather_logprob_forward(T, V)
+    rows["gather_logprob backward"] = cost.gather_logprob_backward(T, V)
+    rows["value_head forward"] = cost.value_head_forward(T, D)
+    rows["value_head backward"] = cost.value_head_backward(T, D)
+    rows["advantage, whitened"] = cost.advantage(T)
+    rows["policy_loss"] = cost.policy_loss(T)
+    for name, least in rows.items():
+        numbers = (least.flops / 1e12, least.bytes_moved / 1e9, least.memory / 1e9, cost.H100.floor_ms(least))
+        table.add_row(name, *(f"{x:.4f}" if x < 0.1 else f"{x:.2f}" for x in numbers))
+    return table
+
+
+def _check_writable(json_file: Path | None) -> None:
+    if json_file is not None and not json_file.parent.is_dir():
+        raise UserError(f"--json {json_file}: the folder {json_file.parent} does not exist")
