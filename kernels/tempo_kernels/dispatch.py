@@ -79,7 +79,7 @@ def use_triton(x: Tensor) -> bool:
     Raises ValueError when `TEMPO_KERNELS` asks for what this machine cannot do.
     """
     if _recording.get() is not None:
-        return True
+        return x.dtype != torch.float64
     choice = os.environ.get("TEMPO_KERNELS", "auto")
     if choice not in ("auto", "triton", "torch"):
         raise ValueError(f"TEMPO_KERNELS must be auto, triton or torch, got {choice!r}")

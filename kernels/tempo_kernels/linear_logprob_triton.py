@@ -155,7 +155,7 @@ def _forward_kernel(
         target_logit = tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
         tl.store(target_logit_ptr + row, target_logit, mask=is_here)
         max_R = tl.max(x, 1)
-        x -= max_R[:, None]
+        x -= tl.expand_dims(max_R, 1)
         if IS_KEPT:
             corner = kept_ptr + (row_tile * ROWS).to(tl.int64) * kept_stride + first
             offset = tl.arange(0, ROWS)[:, None] * kept_stride + tl.arange(0, PART)[None, :]

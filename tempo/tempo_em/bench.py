@@ -15,7 +15,7 @@ def bench_kernels(cases: list[str], *, quick: bool, json_file: Path | None) -> b
     from tempo_kernels.bench import run_benchmarks, table, write_json
 
     _check_writable(json_file)
-    console = Console()
+    console = _console()
     with console.status("measuring") as status:
         try:
             rows = run_benchmarks(
@@ -37,7 +37,7 @@ def compile_report(targets: list[str], *, json_file: Path | None) -> bool:
     from tempo_kernels.compile import DEVICES, compile_kernels
 
     _check_writable(json_file)
-    console = Console()
+    console = _console()
     with console.status("compiling") as status:
         try:
             rows = compile_kernels(
@@ -88,6 +88,12 @@ def _floors() -> Table:
         numbers = (least.flops / 1e12, least.bytes_moved / 1e9, least.memory / 1e9, cost.H100.floor_ms(least))
         table.add_row(name, *(f"{x:.4f}" if x < 0.1 else f"{x:.2f}" for x in numbers))
     return table
+
+
+def _console() -> Console:
+    """A table that goes to a file or a pipe has no window to fit into."""
+    console = Console()
+    return console if console.is_terminal else Console(width=220)
 
 
 def _check_writable(json_file: Path | None) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from tempo_kernels import benchmark
-from tempo_kernels.benchmark import Comparison, Row, Side, Tensors, Truth, compare, peak_memory, run_benchmarks, table
+from tempo_kernels.bench import Row, case_names, heads, measure, ops, peers, run_benchmarks, table, write_json
+from tempo_kernels.bench.measure import Comparison, Side, Tensors, Truth, compare, peak_memory
+from tempo_kernels.compile import Compiled
 from torch import Tensor
 
 CPU = torch.device("cpu")
@@ -32,9 +33,9 @@ def side(run: Callable[[], Tensors], **options: float) -> Side:
 
 @pytest.fixture
 def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One short measurement for each side."""
-    monkeypatch.setattr(benchmark, "REPEATS", 1)
-    monkeypatch.setattr(benchmark, "SHORTEST_SECONDS", 0.0)
+    """Two short measurements for each side."""
+    monkeypatch.setattr(measure, "REPEATS", 2)
+    monkeypatch.setattr(measure, "SHORTEST_SECONDS", 0.0)
 
 
 @pytest.mark.usefixtures("no_time")
@@ -42,7 +43,13 @@ def test_a_quick_run_checks_every_row_of_what_is_installed_and_goes_on_past_what
     seen: list[Row] = []
     rows = run_benchmarks(quick=True, device=CPU, progress=seen.append)
     assert rows == seen
-    assert {"linear_logprob", "advantage", "policy_loss", "value_head_loss"} <= {row.op for row in rows}
+    assert {row.op for row in rows} == {
+        "linear_logprob",
+        "gather_logprob",
+        "advantage",
+        "policy_loss",
+        "value_head_loss",
+    }
     for row in rows:
         assert list(asdict(row))[: len(FIELDS)] == FIELDS
         if row.checked:
@@ -53,7 +60,7 @@ def test_a_quick_run_checks_every_row_of_what_is_installed_and_goes_on_past_what
             assert row.peak_bytes is not None
             assert row.error["ours"]
         else:
-            assert "not installed" in row.note
+            assert row.note.startswith("peer: not installed: pip install 'tempo-engine[bench]' (")
             assert row.ours is row.theirs is row.ratio is None
     products = [row for row in rows if row.peer.startswith("three bare products")]
     assert len(products) == 7
@@ -113,22 +120,25 @@ def test_a_coarse_peer_is_held_to_its_own_tolerance_and_its_error_is_told() -> N
 
 
 def test_a_peer_that_is_not_installed_is_told_with_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    inputs = benchmark.head_inputs(benchmark.HeadShape(8, 20, 3, torch.float32), CPU)
+    inputs = heads.head_inputs(heads.HeadShape(8, 20, 3, torch.float32), CPU)
 
     def missing(name: str) -> None:
         raise ImportError(f"No module named {name!r}")
 
-    monkeypatch.setattr(benchmark.importlib, "import_module", missing)
-    row = compare(comparison(benchmark.trl_chunks(inputs)), {}, CPU)
-    assert row.note == "peer: not installed: pip install 'trl>=1.16' (No module named 'trl.kernels')"
+    monkeypatch.setattr(peers.importlib, "import_module", missing)
+    row = compare(comparison(peers.trl_chunks(inputs)), {}, CPU)
+    assert row.note == "peer: not installed: pip install 'tempo-engine[bench]' (No module named 'trl.kernels')"
     assert not row.checked
+    row = compare(comparison(peers.cut_cross_entropy(inputs)), {}, CPU)
+    by_hand = "by hand, on a GPU: pip install cut-cross-entropy"
+    assert row.note == f"peer: not installed: {by_hand} (No module named 'cut_cross_entropy')"
 
 
 def test_a_package_that_a_peer_misses_only_as_it_runs_is_missing_too() -> None:
     def run() -> Tensors:
         raise ModuleNotFoundError("No module named 'pandas'")
 
-    row = compare(comparison(Side("somebody", lambda: run, "somebody>=2")), {}, CPU)
+    row = compare(comparison(Side("somebody", lambda: run, "pip install 'somebody>=2'")), {}, CPU)
     assert row.note == "peer: not installed: pip install 'somebody>=2' (No module named 'pandas')"
 
 
@@ -143,8 +153,8 @@ def test_a_peer_that_breaks_costs_its_row_only() -> None:
 def test_the_truth_of_the_head_is_what_a_person_computes() -> None:
     ones = torch.ones(1, 1, requires_grad=True)
     head_VD = torch.tensor([[0.0], [torch.log(torch.tensor(3.0)).item()]], requires_grad=True)  # p = 1/4, 3/4
-    inputs = benchmark.HeadInputs(ones, head_VD, torch.tensor([1]), torch.tensor([1.0]), torch.tensor([0.0]))
-    both, alone, dlogits_TV = benchmark.head_truths(inputs)
+    inputs = peers.HeadInputs(ones, head_VD, torch.tensor([1]), torch.tensor([1.0]), torch.tensor([0.0]))
+    both, alone, dlogits_TV = heads.head_truths(inputs)
     assert both.values["logprob"].item() == pytest.approx(-0.2877, abs=1e-4)
     assert both.values["entropy"].item() == pytest.approx(0.5623, abs=1e-4)
     assert dlogits_TV.tolist() == [[pytest.approx(-0.25), pytest.approx(0.25)]]
@@ -184,12 +194,64 @@ def test_peak_memory_counts_what_autograd_keeps() -> None:
 def test_json_holds_the_device_the_commit_and_the_rows(tmp_path: Path) -> None:
     nan = comparison(side(lambda: {"y": X * float("nan")}))
     rows = [compare(comparison(side(lambda: doubled(X))), {}, CPU), compare(nan, {}, CPU)]
-    benchmark.write_json(tmp_path / "rows.json", rows, CPU)
+    write_json(tmp_path / "rows.json", rows, CPU)
     content = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
     assert list(content) == ["device", "commit", "rows"]
     assert content["device"]
     assert content["commit"]
     assert [Row(**row) for row in content["rows"]] == rows
+
+
+def test_json_holds_compiled_kernels_too(tmp_path: Path) -> None:
+    good = Compiled("linear_logprob bf16 STORE", "forward_kernel", "sm_90", 168, 0, 98304, 16, ())
+    bad = good._replace(target="gfx942", spills=8, problems=("8 bytes of registers spilled",))
+    compared = Row("double", "N=9", "float32", 2.0, "somebody", 4.0, 0.5, "ms CPU", 3, True)
+    write_json(tmp_path / "rows.json", [good, bad, compared], CPU)
+    content = json.loads((tmp_path / "rows.json").read_text(encoding="utf-8"))
+    assert list(content) == ["device", "commit", "rows"]
+    first, second, third = content["rows"]
+    assert list(first) == ["op", "kernel", "target", "registers", "spills", "shared", "mma", "problems"]
+    assert first["problems"] == []
+    assert second == {**first, "target": "gfx942", "spills": 8, "problems": ["8 bytes of registers spilled"]}
+    assert Row(**third) == compared
+
+
+@pytest.mark.usefixtures("no_time")
+def test_a_case_says_how_the_default_budget_cuts_the_logits() -> None:
+    assert heads.mode_of(heads.SHAPES[0], CPU) == "STORE"
+    assert heads.mode_of(heads.GPU_SHAPES[-1], torch.device("cuda")) == "SLAB"
+    (name, *_) = case_names(quick=True)
+    rows = run_benchmarks([name], quick=True, device=CPU)
+    assert rows[0].case == "H=64 V=4000 T=48, STORE by default"
+    assert {row.case for row in rows if "F.linear" in row.peer} == {f"{rows[0].case}, log-prob only"}
+
+
+@pytest.mark.parametrize("shape", [heads.SHAPES[0], heads.QUICK_SHAPES[0]])
+def test_each_budget_makes_the_mode_it_is_named_after(shape: heads.HeadShape) -> None:
+    *by_budget, (_, options) = heads.modes(shape)
+    assert options == {"precise": True}
+    for label, options in by_budget:
+        assert label.partition(",")[0].removeprefix("narrow ") == heads.mode_of(shape, CPU, options["max_bytes"])
+
+
+def test_the_roofline_of_8192_tokens_is_four_products_at_the_peak_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
+    shape = heads.HeadShape(4096, 151936, 8192, torch.bfloat16)
+    side = heads.roofline(shape, torch.device("cuda"))
+    assert side is not None
+    assert side.name == "roofline of SLAB, H100"
+    assert side.bound_ms == pytest.approx(4 * 2 * 8192 * 4096 * 151936 / 989e12 * 1000)
+    assert heads.roofline(shape._replace(dtype=torch.float32), torch.device("cuda")) is None
+    assert heads.roofline(shape, CPU) is None
+
+
+def test_the_eager_formulas_return_what_our_ops_return() -> None:
+    # no dual clip and no value clip: these two are always zero
+    for make, zero in ((ops.policy_loss_comparison, "pg_clipfrac_lower"), (ops.value_head_comparison, "vf_clipfrac")):
+        (one,) = make(200, 8, CPU)
+        ours, eager = (set(side.load()()) for side in (one.ours, one.peer))
+        assert {name.partition("/")[2] for name in ours - eager} == {zero}
+        assert eager <= ours
 
 
 def test_the_table_shows_times_targets_and_failures() -> None:
