@@ -34,6 +34,8 @@ from tempo_kernels.segments import boundaries, segment_ids, segment_lengths, seg
 
 # Tokens a program reads at a time: fixed, so a sequence's result does not depend on its batch.
 BLOCK = 1024
+# Every population reads all tokens; for more of them (one per prompt, say) sorting is less work.
+MAX_POPULATIONS = 8
 
 
 class Moments(NamedTuple):
@@ -56,10 +58,10 @@ def split_values(value_TS: Tensor, cu_seqlens_S1: Tensor) -> tuple[Tensor, Tenso
             f"{num_sequences} sequences with {num_tokens} tokens have {num_tokens + num_sequences} values "
             f"(one more than tokens in each), got shape {tuple(value_TS.shape)}"
         )
-    terminal_index_S = cu_seqlens_S1[1:] + torch.arange(num_sequences, device=value_TS.device)
-    is_baseline_TS = torch.ones_like(value_TS, dtype=torch.bool)
-    is_baseline_TS[terminal_index_S] = False
-    return value_TS[is_baseline_TS], value_TS[terminal_index_S]
+    # each sequence before it adds one terminal value
+    sequence_S = torch.arange(num_sequences, device=value_TS.device)
+    index_T = torch.arange(num_tokens, device=value_TS.device) + sequence_S.repeat_interleave(length_S)
+    return value_TS[index_T], value_TS[cu_seqlens_S1[1:] + sequence_S]
 
 
 def returns(outcome_S: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def _moments_kernel(
 def moments(advantage_T: Tensor, population_T: Tensor, num_populations: int) -> Moments:
     """Count, mean and sum of squared distances from it of each population 0 .. P-1. An empty one has three zeros."""
     _check_population(advantage_T, population_T, num_populations)
-    if use_triton(advantage_T):
+    if use_triton(advantage_T) and num_populations <= MAX_POPULATIONS:
         num_blocks = -(-len(advantage_T) // BLOCK)
         part_3PK = torch.empty(3, num_populations, num_blocks, dtype=torch.float32, device=advantage_T.device)
         launch(
@@ -309,10 +311,11 @@ def _whiten_kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = token < num_tokens
     population = tl.load(population_ptr + token, mask=mask, other=0)
+    is_known = mask & (population >= 0) & (population < num_populations)
     x = tl.load(advantage_ptr + token, mask=mask, other=0.0).to(tl.float32)
-    x -= tl.load(table_ptr + population, mask=mask, other=0.0)
-    x -= tl.load(table_ptr + num_populations + population, mask=mask, other=0.0)
-    x *= tl.load(table_ptr + 2 * num_populations + population, mask=mask, other=0.0)
+    x -= tl.load(table_ptr + population, mask=is_known, other=float("nan"))
+    x -= tl.load(table_ptr + num_populations + population, mask=is_known, other=0.0)
+    x *= tl.load(table_ptr + 2 * num_populations + population, mask=is_known, other=0.0)
     tl.store(white_ptr + token, x, mask=mask)
 
 

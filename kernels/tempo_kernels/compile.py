@@ -116,6 +116,7 @@ def _workloads() -> Iterator[tuple[str, Callable[[], object]]]:
             run = partial(_linear_logprob, dtype, max_bytes=16 * columns * dtype.itemsize)
             yield f"linear_logprob {name} {mode}", run
             yield f"linear_logprob {name} {mode}, bias, softcap", partial(run, softcap=30.0)
+            yield f"linear_logprob {name} {mode}, odd vocabulary", partial(run, vocab_size=513)
     yield "gather_logprob bf16", _gather_logprob
     for head, loss, clip, has_norm in _VALUE_HEADS:
         label = f"value_head {head} {loss}, clip {clip}{', norm' if has_norm else ''}"
@@ -135,11 +136,15 @@ _VALUE_HEADS: tuple[tuple[HeadKind, ValueLossKind, ValueClip, bool], ...] = (
 _CU_SEQLENS = torch.tensor([0, 7, 16])
 
 
-def _linear_logprob(dtype: torch.dtype, *, max_bytes: int, softcap: float | None = None) -> None:
+def _linear_logprob(
+    dtype: torch.dtype, *, max_bytes: int, softcap: float | None = None, vocab_size: int | None = None
+) -> None:
     hidden_TD, head_VD = _tensor(16, 4096, dtype=dtype), _tensor(1024, 4096, dtype=dtype)
     bias_V = _tensor(1024, dtype=dtype) if softcap else None
     target_T = torch.zeros(16, dtype=torch.int64)
-    stats = linear_logprob(hidden_TD, head_VD, target_T, bias=bias_V, softcap=softcap, max_bytes=max_bytes)
+    stats = linear_logprob(
+        hidden_TD, head_VD, target_T, bias=bias_V, softcap=softcap, vocab_size=vocab_size, max_bytes=max_bytes
+    )
     (stats.logprob_T + stats.entropy_T).sum().backward()
 
 
@@ -235,7 +240,7 @@ def compile_source(source: Source, target: str) -> Compiled:
         constexprs={(index[name],): value for name, value in source.constants.items()},
         attrs={(index[name],): [["tt.divisibility", 16]] for name in source.divisible},
     )
-    options = {"num_warps": source.num_warps, "num_stages": source.num_stages}
+    options = {"num_warps": source.num_warps, "num_stages": source.num_stages, "enable_fp_fusion": True}
     binary = triton.compile(
         ast, target=GPUTarget(device.target.backend, device.target.arch, device.warp_size), options=options
     )

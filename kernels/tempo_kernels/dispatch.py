@@ -122,4 +122,7 @@ def launch(
         recording.launches.append(Launch(kernel, named, constants, num_warps, num_stages))
     elif num_programs > 0:
         with torch.cuda.device_of(arguments[0]):
-            kernel[(num_programs,)](*arguments, num_warps=num_warps, num_stages=num_stages, **constants)
+            # fusion of multiply and add is spelled out: Triton 3.10 changes its default, and with it the bits
+            kernel[(num_programs,)](
+                *arguments, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constants
+            )

@@ -17,7 +17,7 @@ fixed order; the backward pass turns one block of logits at a time into dx and m
 
     STORE   all logits fit the budget: the forward pass keeps them              3 matrix products
     SLAB    a block has all tokens and as much of the vocabulary as fits        4: logits are computed again
-    NOBUF   not even a narrow slab fits: tokens are cut as well                 4: memory is independent of T and V
+    NOBUF   not even a narrow slab fits: tokens are cut as well                 4: memory does not grow with T or V
 
 There are no atomics and no locks; a block's place never depends on the data: the same inputs give the same bits.
 """
@@ -50,10 +50,12 @@ __all__ = ["TokenStats", "linear_logprob", "linear_logprob_reference"]
 # STORE up to these many bytes of logits. A GPU's slabs must be wide enough for its matrix units.
 CPU_MAX_BYTES = 80 * 2**20
 GPU_MAX_BYTES = 512 * 2**20
-# Blocks begin at multiples of this many columns, as the kernels' tiles do.
-MIN_COLUMNS = 512
-# Wider slabs gain nothing on a CPU.
-CPU_COLUMNS = 8192
+# The smallest block: its columns are a multiple of every kernel's tile, its rows enough for a matrix product.
+MIN_ROWS, MIN_COLUMNS = 256, 512
+# Wider slabs gain nothing on a CPU; kept logits need not be taken all at once on a GPU either.
+CPU_COLUMNS, GPU_KEPT_COLUMNS = 8192, 16384
+# Kept rows begin at multiples of this many elements, so that they are read and written 16 bytes at a time.
+ROW_ALIGNMENT = 64
 
 
 class Cut(NamedTuple):
@@ -67,10 +69,11 @@ class Cut(NamedTuple):
 def cut(num_tokens: int, vocab_size: int, bytes_each: int, max_bytes: int, most_columns: int) -> Cut:
     """STORE when all logits fit `max_bytes`, SLAB when MIN_COLUMNS of them do, else NOBUF, which also cuts the tokens."""
     if num_tokens * vocab_size * bytes_each <= max_bytes:
-        return Cut(True, max(num_tokens, 1), most_columns)
+        return Cut(True, max(num_tokens, 1), min(most_columns, GPU_KEPT_COLUMNS))
     columns = max_bytes // (num_tokens * bytes_each)
     columns = min(max(columns // MIN_COLUMNS, 1) * MIN_COLUMNS, most_columns)
-    return Cut(False, min(max(max_bytes // (columns * bytes_each), 1), num_tokens), columns)
+    rows = max(max_bytes // (columns * bytes_each), MIN_ROWS)
+    return Cut(False, min(rows, num_tokens), columns)
 
 
 def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> None:
@@ -101,7 +104,7 @@ class _LinearLogprob(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:  # fmt: skip
         scaling = Scaling(bias_V, inverse_temperature_T, call.softcap)
         num_tokens, vocab_size, cut = len(hidden_TD), call.vocab_size, call.cut
-        kept = hidden_TD.new_empty(call.num_planes, num_tokens, vocab_size) if cut.is_stored else None
+        kept = _aligned_empty(hidden_TD, call.num_planes, num_tokens, vocab_size) if cut.is_stored else None
         kept_max = None
         if call.is_triton:
             stats, kept_max = forward_triton(
@@ -121,7 +124,7 @@ class _LinearLogprob(torch.autograd.Function):
         ctx.call, ctx.is_spent = call, False
         ctx.save_for_backward(
             hidden_TD, head_VD, bias_V, target_T, inverse_temperature_T, stats.logsumexp_T, stats.entropy_T,
-            kept, kept_max if cut.is_stored else None,
+            kept, kept_max,
         )  # fmt: skip
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(stats.is_top1_T)
@@ -158,6 +161,11 @@ class _LinearLogprob(torch.autograd.Function):
         if d_hidden is not None and live is not None:
             d_hidden = d_hidden.new_zeros(ctx.saved_tensors[0].shape).index_copy_(0, live, d_hidden)
         return d_hidden, d_head, d_bias, None, None, None
+
+
+def _aligned_empty(like: Tensor, num_planes: int, num_rows: int, num_columns: int) -> Tensor:
+    stride = -(-num_columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return like.new_empty(num_planes, num_rows, stride)[:, :, :num_columns]
 
 
 def _room(hidden_TD: Tensor, call: _Call) -> Tensor:
@@ -214,7 +222,11 @@ class _Backward(NamedTuple):
         """The gradient of the products of these rows and columns, [R, C]."""
         if self.kept_PTV is not None:
             products = self.kept_PTV[:, :, columns]
-            products = products[:, rows] if self.live is None else products.index_select(1, self.live)
+            if self.live is None:
+                products = products[:, rows]
+            else:
+                live = _aligned_empty(products, len(products), len(self.live), products.shape[2])
+                products = torch.index_select(products, 1, self.live, out=live)
         else:
             assert room is not None
             products = _corner(room, rows, columns)
@@ -250,6 +262,7 @@ def linear_logprob(
 
     Triton kernels run it on a GPU, PyTorch elsewhere (see `tempo_kernels.dispatch`). Log-prob, entropy and logsumexp are
     differentiable with respect to hidden, head and bias; a frozen one costs nothing, nor do rows without upstream gradient.
+    Autocast changes nothing: float32 inputs are multiplied in float32.
 
     Args:
         hidden_TD: hidden states of the positions that predict the targets; any float dtype, rows may be strided.
@@ -257,7 +270,7 @@ def linear_logprob(
         temperature: one number, or one for each token, [T].
         softcap: c of Gemma's c tanh(z / c).
         vocab_size: the true vocabulary, when the head has padded rows after it: these get no probability and no gradient.
-        max_bytes: budget for logits; 80 MiB on a CPU and 512 MiB on a GPU when not given. 0 uses as little as can be.
+        max_bytes: budget for logits; 80 MiB on a CPU and 512 MiB on a GPU when not given. The smallest block is 256 x 512.
         precise: on a CPU in half precision, products are rounded to that precision (2e-2 nats at logits of 16; a GPU's kernels
             keep float32). True computes what the rounding lost, for one more matrix product each time logits are computed.
         check_target: whether to look for targets outside the vocabulary, which get a log-prob of NaN. When not given: on a CPU,
@@ -271,7 +284,12 @@ def linear_logprob(
     _check(hidden_TD, head_VD, target_T, bias, temperature, softcap, vocab_size, max_bytes, check_target)
     num_tokens, is_triton = len(hidden_TD), use_triton(hidden_TD)
     dtype = torch.promote_types(hidden_TD.dtype, torch.float32)
-    inverse_temperature = torch.as_tensor(temperature, dtype=dtype, device=hidden_TD.device).detach().reciprocal()
+    if isinstance(temperature, Tensor):
+        inverse_temperature_T = (
+            temperature.detach().to(hidden_TD.device, dtype).reciprocal().expand(num_tokens).contiguous()
+        )
+    else:  # filled on the device: copying a number to a GPU would make the host wait
+        inverse_temperature_T = hidden_TD.new_full((num_tokens,), 1.0 / temperature, dtype=dtype)
     num_planes = 2 if precise and not is_triton and hidden_TD.dtype.itemsize < 4 else 1
     if max_bytes is None:
         max_bytes = GPU_MAX_BYTES if hidden_TD.is_cuda else CPU_MAX_BYTES
@@ -285,12 +303,18 @@ def linear_logprob(
     if not has_backward:
         blocks = blocks._replace(is_stored=False)
     results = _LinearLogprob.apply(
-        hidden_TD if hidden_TD.stride(-1) == 1 else hidden_TD.contiguous(),
-        head_VD if head_VD.stride(-1) == 1 else head_VD.contiguous(),
+        _aligned(hidden_TD),
+        _aligned(head_VD),
         None if bias is None else bias.contiguous(), target_T.long().contiguous(),
-        inverse_temperature.expand(num_tokens).contiguous(), _Call(softcap, vocab_size, blocks, num_planes, is_triton),
+        inverse_temperature_T, _Call(softcap, vocab_size, blocks, num_planes, is_triton),
     )  # fmt: skip
     return TokenStats(*results)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, copied if its rows are not contiguous or cannot be read 16 bytes at a time."""
+    is_aligned = x.stride(0) * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    return x if x.stride(-1) == 1 and (is_aligned or not x.is_cuda) else x.contiguous()
 
 
 def _check(

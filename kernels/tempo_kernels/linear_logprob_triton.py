@@ -8,12 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tempo_kernels.dispatch import Target, jit, launch, target_of, tl, triton
+from tempo_kernels.dispatch import INTERPRETER, Target, jit, launch, target_of, tl, triton
 from tempo_kernels.jit_math import LOG2E, MASKED, exp, operand, rounded, tanh
-from tempo_kernels.linear_logprob_torch import Scaling, TokenStats
+from tempo_kernels.linear_logprob_torch import Scaling, TokenStats, slices
 
 # Columns whose (m, s, u) is computed at once.
 PART_COLUMNS = 128
+# Tokens of one forward launch: their statistics take 12 bytes per part, 120 MB for a vocabulary of 150,000.
+FORWARD_ROWS = 8192
 if triton is not None:
     PART: tl.constexpr = tl.constexpr(PART_COLUMNS)
 
@@ -26,6 +28,10 @@ class Tile(NamedTuple):
     depth: int
     num_warps: int
     num_stages: int
+
+
+# Where logits are read instead of computed there is no product to feed: small tiles, many at a time.
+KEPT_TILE = Tile(32, PART_COLUMNS, 32, 4, 1)
 
 
 def tile_for(target: Target, dtype: torch.dtype, *, is_plain: bool) -> Tile:
@@ -113,19 +119,20 @@ def _logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Products -> logits; columns past the vocabulary become MASKED."""
+    """Products -> logits; columns past the vocabulary become MASKED, and so does what is below it."""
     x = product
     is_column = column < num_columns
     if HAS_BIAS:
         x += tl.load(bias_ptr + column, mask=is_column, other=0.0).to(tl.float32)[None, :]
-        x = tl.where(x < MASKED, MASKED, x)  # a bias of -inf; NaN stays NaN
     if HAS_SOFTCAP:
         x = softcap * tanh(x / softcap)
     x = x * inverse_temperature[:, None]
+    if HAS_BIAS:
+        x = tl.where(x < MASKED, MASKED, x)  # a bias of -inf; NaN stays NaN
     return tl.where(is_column[None, :], x, MASKED)
 
 
-@jit(do_not_specialize=["num_rows", "num_columns", "softcap"])
+@jit(do_not_specialize=["num_rows", "softcap"])
 def _forward_kernel(
     hidden_ptr, head_ptr, target_ptr, bias_ptr, inverse_temperature_ptr, partial_ptr, target_logit_ptr, kept_ptr,
     num_rows, num_columns, hidden_stride, head_stride, kept_stride, softcap,
@@ -146,7 +153,7 @@ def _forward_kernel(
     parts = _parts(product, ROWS, COLUMNS)
     inverse_temperature = tl.load(inverse_temperature_ptr + row, mask=is_row, other=1.0)
     target = tl.load(target_ptr + row, mask=is_row, other=-1).to(tl.int32)
-    plane = tl.cdiv(num_columns, PART).to(tl.int64) * num_rows
+    plane = num_rows.to(tl.int64) * tl.cdiv(num_columns, PART)
     for part in tl.static_range(COLUMNS // PART):  # pyright: ignore[reportGeneralTypeIssues]
         first = column_tile * COLUMNS + part * PART
         column = first + tl.arange(0, PART)
@@ -221,7 +228,7 @@ def _dproduct(
     return tl.where((column < num_columns)[None, :], dx, 0.0)
 
 
-@jit(do_not_specialize=["num_rows", "num_columns", "softcap"])
+@jit(do_not_specialize=["num_rows", "softcap"])
 def _backward_kernel(
     hidden_ptr, head_ptr, target_ptr, bias_ptr, inverse_temperature_ptr, kept_max_ptr, upstream_ptr, dproduct_ptr,
     num_rows, num_columns, hidden_stride, head_stride, dproduct_stride, softcap,
@@ -266,29 +273,44 @@ def _backward_kernel(
 
 def forward_triton(
     hidden_TD: Tensor, head_VD: Tensor, target_T: Tensor, scaling: Scaling, kept_TV: Tensor | None
-) -> tuple[TokenStats, Tensor]:
-    """The statistics, and the maxima of all parts, [parts, T], which kept logits are relative to."""
-    (num_tokens, size), num_columns = hidden_TD.shape, len(head_VD)
-    tile = tile_for(target_of(hidden_TD), hidden_TD.dtype, is_plain=kept_TV is None and scaling.is_plain)
-    num_programs = -(-num_tokens // tile.rows) * -(-num_columns // tile.columns)
-    num_parts = -(-num_columns // PART_COLUMNS)
-    partial = hidden_TD.new_empty(3, num_parts, num_tokens, dtype=torch.float32)
-    target_logit_T = hidden_TD.new_empty(num_tokens, dtype=torch.float32)
+) -> tuple[TokenStats, Tensor | None]:
+    """The statistics, and for kept logits the maxima of all parts, [parts, T], which they are relative to."""
+    target_logit_T = hidden_TD.new_empty(len(hidden_TD), dtype=torch.float32)
     logprob_T, entropy_T, logsumexp_T = (torch.empty_like(target_logit_T) for _ in range(3))
     stats = TokenStats(logprob_T, entropy_T, logsumexp_T, torch.empty_like(target_T, dtype=torch.bool))
+    everything = slice(0, len(head_VD))
+    kept_max = None
+    for rows in slices(len(hidden_TD), FORWARD_ROWS if kept_TV is None else len(hidden_TD)):
+        partial = _forward(
+            hidden_TD[rows], head_VD, target_T[rows], scaling.part(rows, everything), kept_TV, target_logit_T[rows],
+            TokenStats(*(x[rows] for x in stats)),
+        )  # fmt: skip
+        kept_max = None if kept_TV is None else partial[0].clone()  # the other two planes are not needed any more
+    return stats, kept_max
+
+
+def _forward(
+    hidden_RD: Tensor, head_VD: Tensor, target_R: Tensor, scaling: Scaling, kept_RV: Tensor | None, target_logit_R: Tensor,
+    stats: TokenStats,
+) -> Tensor:  # fmt: skip
+    """Fill the statistics of some rows, and return those of all parts, [3, parts, R]."""
+    (num_rows, size), num_columns = hidden_RD.shape, len(head_VD)
+    tile = tile_for(target_of(hidden_RD), hidden_RD.dtype, is_plain=kept_RV is None and scaling.is_plain)
+    num_parts = -(-num_columns // PART_COLUMNS)
+    partial = hidden_RD.new_empty(3, num_parts, num_rows, dtype=torch.float32)
     launch(
-        _forward_kernel, num_programs, hidden_TD, head_VD, target_T, _or(scaling.bias_V, hidden_TD),
-        scaling.inverse_temperature_T, partial, target_logit_T, _or(kept_TV, hidden_TD),
-        num_tokens, num_columns, hidden_TD.stride(0), head_VD.stride(0), 0 if kept_TV is None else kept_TV.stride(0),
+        _forward_kernel, -(-num_rows // tile.rows) * -(-num_columns // tile.columns), hidden_RD, head_VD, target_R,
+        _or(scaling.bias_V, hidden_RD), scaling.inverse_temperature_T, partial, target_logit_R, _or(kept_RV, hidden_RD),
+        num_rows, num_columns, hidden_RD.stride(0), head_VD.stride(0), 0 if kept_RV is None else kept_RV.stride(0),
         scaling.softcap or 1.0, SIZE=size, HAS_BIAS=scaling.bias_V is not None, HAS_SOFTCAP=scaling.softcap is not None,
-        IS_KEPT=kept_TV is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        IS_KEPT=kept_RV is not None, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
         num_warps=tile.num_warps, num_stages=tile.num_stages,
     )  # fmt: skip
     launch(
-        _merge_kernel, -(-num_tokens // 32), partial, target_T, target_logit_T, *stats, num_tokens, num_columns, num_parts,
+        _merge_kernel, -(-num_rows // 32), partial, target_R, target_logit_R, *stats, num_rows, num_columns, num_parts,
         ROWS=32, PARTS=32,
     )  # fmt: skip
-    return stats, partial[0]
+    return partial
 
 
 def backward_triton(
@@ -296,9 +318,11 @@ def backward_triton(
     dproduct_RC: Tensor, kept_max: Tensor | None, first_column: int,
 ) -> None:  # fmt: skip
     """Fill one block of dproduct, which holds the kept logits when `kept_max` is given."""
-    tile = tile_for(target_of(hidden_RD), hidden_RD.dtype, is_plain=kept_max is None and scaling.is_plain)
+    target = target_of(hidden_RD)
+    tile = tile_for(target, hidden_RD.dtype, is_plain=scaling.is_plain)
     num_rows, num_columns = dproduct_RC.shape
     if kept_max is not None:
+        tile = tile if target == INTERPRETER else KEPT_TILE
         kept_max = kept_max[first_column // PART_COLUMNS :]
     launch(
         _backward_kernel, -(-num_rows // tile.rows) * -(-num_columns // tile.columns), hidden_RD, head_CD, target_R,

@@ -42,7 +42,7 @@ from tempo_kernels.policy_loss_triton import (
     PolicyLossKind,
     gradients_triton,
 )
-from tempo_kernels.segments import segment_ids, segment_lengths, segment_mean
+from tempo_kernels.segments import segment_ids, segment_lengths, segment_sum
 
 
 class Loss(NamedTuple):
@@ -55,11 +55,17 @@ class Loss(NamedTuple):
 
 def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Constants, how: Objective) -> Loss:
     """The definition, in the inputs' precision, at least float32; autograd derives the gradient."""
-    logprob_T, old_logprob_T, advantage_T, weight_T = (_wide(x) for x in (logprob_T, *given[:3]))
+    weight_T, is_live_T, cu_seqlens_S1 = _wide(given.weight_T), given.weight_T != 0, given.cu_seqlens_S1
+
+    def live(x_T: Tensor) -> Tensor:
+        return torch.where(is_live_T, _wide(x_T), 0.0)  # what a masked token holds must not count: 0 * NaN is NaN
+
+    logprob_T, old_logprob_T, advantage_T = (live(x) for x in (logprob_T, given.old_logprob_T, given.advantage_T))
     log_ratio_T = logprob_T - old_logprob_T
     if how.kind == "gspo":
-        mean_T = segment_mean(log_ratio_T.detach(), given.cu_seqlens_S1)[segment_ids(given.cu_seqlens_S1)]
-        log_ratio_T = mean_T + (logprob_T - logprob_T.detach())
+        num_live_S = segment_sum(is_live_T.to(log_ratio_T.dtype), cu_seqlens_S1).clamp(min=1)
+        mean_T = (segment_sum(log_ratio_T.detach(), cu_seqlens_S1) / num_live_S)[segment_ids(cu_seqlens_S1)]
+        log_ratio_T = live(mean_T) + (logprob_T - logprob_T.detach())
     ratio_T = log_ratio_T.clamp(max=MAX_LOG_RATIO).exp()
     is_low_T = (advantage_T < 0) & (ratio_T < how.lowest_ratio)
     is_high_T = (advantage_T > 0) & (ratio_T > how.highest_ratio)
@@ -71,7 +77,7 @@ def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Const
         pg_T = -advantage_T * held_T.masked_fill(is_dual_T, how.dual_clip)
     effective_T = ratio_T.detach()
     if given.sampler_logprob_T is not None:
-        effective_T = (old_logprob_T - _wide(given.sampler_logprob_T)).exp().clamp(max=how.importance_cap)
+        effective_T = (old_logprob_T - live(given.sampler_logprob_T)).exp().clamp(max=how.importance_cap)
         pg_T = effective_T * pg_T
     per_token = {
         "actor/pg_loss": pg_T,
@@ -83,15 +89,15 @@ def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Const
     }
     total_T = pg_T
     if given.ref_logprob_T is not None:
-        kl_T = logprob_T - _wide(given.ref_logprob_T)
+        kl_T = logprob_T - live(given.ref_logprob_T)
         if how.kl == "k3":
             gap_T = (-kl_T).clamp(max=MAX_LOG_RATIO)
             kl_T = gap_T.exp() - 1 - gap_T
         per_token["actor/kl_loss"] = kl_T
         total_T = total_T + how.kl_coef * kl_T if how.kl_coef else total_T
     if entropy_T is not None:
-        per_token["actor/entropy"] = _wide(entropy_T)
-        total_T = total_T - how.entropy_coef * _wide(entropy_T) if how.entropy_coef else total_T
+        per_token["actor/entropy"] = live(entropy_T)
+        total_T = total_T - how.entropy_coef * live(entropy_T) if how.entropy_coef else total_T
     per_token |= {
         "actor/ess_weight": torch.ones_like(weight_T),
         "actor/ess_ratio": effective_T,
@@ -100,7 +106,7 @@ def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Const
     with torch.no_grad():
         metrics = {name: (weight_T * x_T).sum() for name, x_T in per_token.items()}
         metrics["actor/log_ratio_max"] = log_ratio_T.abs().max() if len(log_ratio_T) else weight_T.new_zeros(())
-        metrics["actor/ratio_max"] = ratio_T.max() if len(ratio_T) else weight_T.new_zeros(())
+        metrics["actor/ratio_max"] = live(ratio_T).max() if len(ratio_T) else weight_T.new_zeros(())
     return Loss((weight_T * total_T).sum(), metrics)
 
 
@@ -172,7 +178,8 @@ def policy_loss(
         logprob_T: log-probabilities under the policy being improved; any float dtype, read as at least float32.
         old_logprob_T: the same tokens under the policy that is the ratio's denominator.
         advantage_T: A_t, constant.
-        weight_T: w_t, see `token_weights`; metrics are means under these weights.
+        weight_T: w_t, see `token_weights`; metrics are means under these weights. A token of weight 0 is masked: it is in no sum,
+            maximum or mean, whatever its log-probs hold.
         cu_seqlens_S1: boundaries of the responses; GSPO's ratio is a mean over each.
         clip_low, clip_high, dual_clip: bounds of the ratio; REINFORCE has none.
         entropy_T: H_t. Without entropy_coef it is a metric only.

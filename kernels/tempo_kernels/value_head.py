@@ -77,7 +77,8 @@ def value_score(hidden_ND: Tensor, weight_D: Tensor, bias: Tensor) -> Tensor:
     if hidden_ND.shape[-1] != weight_D.shape[-1]:
         raise ValueError(f"hidden size is {hidden_ND.shape[-1]}, the value head wants {weight_D.shape[-1]}")
     dtype = torch.promote_types(hidden_ND.dtype, torch.float32)
-    return hidden_ND.to(dtype) @ weight_D.to(dtype) + bias.to(dtype)
+    with torch.autocast(hidden_ND.device.type, enabled=False):  # which would multiply in half precision
+        return hidden_ND.to(dtype) @ weight_D.to(dtype) + bias.to(dtype)
 
 
 def value_of(score_N: Tensor, head: HeadKind) -> Tensor:
@@ -281,7 +282,9 @@ def value_head_loss(
             None if old_value_N is None else old_value_N.contiguous(), cu_seqlens_S1, eps, terms, needs_weight,
         )  # fmt: skip
     else:
-        hidden_ND = torch.where((weight_N != 0)[:, None], hidden_ND, 0.0)
+        is_masked_N = weight_N == 0
+        if weight_N.is_cuda or is_masked_N.any():  # a copy of hidden and of its gradient: only where it is needed
+            hidden_ND = hidden_ND.masked_fill(is_masked_N[:, None], 0.0)
         score_N = value_score(_normalised(hidden_ND, eps), weight_D, bias)
         total, metrics, value_N = _loss_torch(score_N, return_N, weight_N, terms, old_value_N, cu_seqlens_S1)
         bins_3B = _bins_torch(value_N.detach(), return_N, weight_N, terms)

@@ -64,7 +64,8 @@ def _project(x, weight, eps, SIZE: tl.constexpr, ROWS: tl.constexpr, IS_NORMED: 
     projection = tl.sum(x * weight[None, :], 1)
     rstd = tl.full((ROWS,), 1.0, tl.float32)
     if IS_NORMED:
-        rstd = 1.0 / tl.sqrt(tl.sum(x * x, 1) / SIZE + eps)
+        square = tl.sum(x * x, 1) / SIZE + eps
+        rstd = tl.where(square > 0.0, 1.0 / tl.sqrt(square), 0.0)  # a masked row is all zeros, and eps may be 0
         projection *= rstd
     return rstd, projection
 

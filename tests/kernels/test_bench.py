@@ -222,7 +222,7 @@ def test_a_case_says_how_the_default_budget_cuts_the_logits() -> None:
     assert heads.mode_of(heads.GPU_SHAPES[-1], torch.device("cuda")) == "SLAB"
     (name, *_) = case_names(quick=True)
     rows = run_benchmarks([name], quick=True, device=CPU)
-    assert rows[0].case == "H=64 V=4000 T=48, STORE by default"
+    assert rows[0].case == "H=64 V=4000 T=300, STORE by default"
     assert {row.case for row in rows if "F.linear" in row.peer} == {f"{rows[0].case}, log-prob only"}
 
 

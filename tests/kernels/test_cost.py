@@ -1,10 +1,12 @@
 """The costs of the ops, with numbers a person can check."""
 
+from typing import Any
+
 import pytest
 from tempo_kernels import cost
 from tempo_kernels.cost import H100, Cost
 
-QWEN3_8B = {"T": 8192, "D": 4096, "V": 151936}
+QWEN3_8B: dict[str, Any] = {"T": 8192, "D": 4096, "V": 151936}
 
 
 def test_one_product_of_qwen3_8b_takes_an_h100_ten_milliseconds():

@@ -61,7 +61,7 @@ class Kernel:
 def test_a_launch_runs_the_kernel_on_a_flat_grid():
     kernel = Kernel()
     launch(kernel, 7, X, 3, BLOCK=4, num_warps=8)
-    assert kernel.calls == [((7,), (X, 3), {"num_warps": 8, "num_stages": 2, "BLOCK": 4})]
+    assert kernel.calls == [((7,), (X, 3), {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": True, "BLOCK": 4})]
 
 
 def test_nothing_is_launched_for_no_programs():

@@ -1,11 +1,12 @@
 """linear_logprob against log-probabilities computed token by token in float64, in every mode."""
 
+import importlib
 import math
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tempo_kernels import TokenStats, linear_logprob
 from tempo_kernels.linear_logprob import Cut, cut, linear_logprob_reference
@@ -13,8 +14,15 @@ from torch import Tensor
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
+MODULE = importlib.import_module("tempo_kernels.linear_logprob")  # the name in the package is the function
 SIZES = [(1, 1, 1), (1, 3, 5), (7, 4, 11), (130, 8, 33)]
 OPTIONS: list[dict[str, Any]] = [{}, {"temperature": 0.7}, {"softcap": 2.0}, {"temperature": 1.5, "softcap": 3.0}]
+
+
+@pytest.fixture(autouse=True)
+def blocks_may_have_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few tokens are enough for NOBUF to cut them."""
+    monkeypatch.setattr(MODULE, "MIN_ROWS", 1)
 
 
 def inputs(T: int, D: int, V: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,6 +170,13 @@ def test_the_byte_budget_chooses_between_store_slab_and_nobuf(max_bytes: int, ex
     assert cut(100, 2000, 4, max_bytes, 2048) == expected
 
 
+def test_a_block_has_rows_enough_for_a_matrix_product_whatever_the_budget(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(MODULE, "MIN_ROWS", 256)
+    assert cut(8192, 151936, 2, 0, 8192) == Cut(is_stored=False, num_rows=256, num_columns=512)
+    assert cut(100, 151936, 2, 0, 8192) == Cut(is_stored=False, num_rows=100, num_columns=512)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_tokens=st.integers(1, 10_000),
     vocab_size=st.integers(1, 200_000),

@@ -1,5 +1,6 @@
 """The kernels of linear_logprob, in Triton's interpreter, against float64: values, gradients, bits."""
 
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +22,12 @@ STORE, NOBUF = 2**30, 0
 @pytest.fixture(autouse=True)
 def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TEMPO_KERNELS", "triton")
+
+
+@pytest.fixture(autouse=True)
+def blocks_may_have_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that a few tokens are enough for NOBUF to cut them."""
+    monkeypatch.setattr(importlib.import_module("tempo_kernels.linear_logprob"), "MIN_ROWS", 3)
 
 
 @pytest.fixture
@@ -49,7 +56,7 @@ def run(op: Any, inputs: list[Tensor | None], slopes: Tensor, **options: Any) ->
     hidden_TD, head_VD, bias = leaves
     stats = op(hidden_TD, head_VD, target_T, bias=bias, **options)
     terms = [(slope_T.to(x.dtype) * x).sum() for slope_T, x in zip(slopes, stats[:3], strict=True)]
-    gradients = torch.autograd.grad(sum(terms), [x for x in leaves if x is not None])  # pyright: ignore[reportArgumentType]
+    gradients = torch.autograd.grad(torch.stack(terms).sum(), [x for x in leaves if x is not None])
     return [*(x.detach() for x in stats), *gradients]
 
 
@@ -173,6 +180,30 @@ def test_a_nan_in_one_row_stays_in_that_row():
     stats = linear_logprob(hidden_TD, torch.randn(200, 16), torch.tensor([0, 1, 2]))
     for part in stats[:3]:
         assert part.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("max_bytes", [STORE, slab(7), NOBUF], ids=["STORE", "SLAB", "NOBUF"])
+def test_a_vocabulary_of_one_column_more_than_a_slab(max_bytes: int):
+    check(7, 16, 513, max_bytes=max_bytes)
+    check(7, 16, 1, max_bytes=max_bytes)
+
+
+def test_a_forbidden_part_and_a_tiny_temperature_stay_finite():
+    hidden_TD, head_VD = torch.randn(2, 16), torch.randn(2 * PART_COLUMNS, 16)
+    bias = torch.zeros(2 * PART_COLUMNS)
+    bias[:PART_COLUMNS] = -torch.inf
+    stats = linear_logprob(hidden_TD, head_VD, torch.tensor([PART_COLUMNS, 200]), bias=bias, temperature=1e-9)
+    assert stats.entropy_T.isfinite().all()
+    assert stats.logprob_T.isfinite().all()
+
+
+def test_rows_cut_by_launch_have_the_same_statistics(monkeypatch: pytest.MonkeyPatch):
+    inputs = [torch.randn(300, 16), torch.randn(200, 16), None, torch.arange(300) % 200]
+    slopes = torch.randn(3, 300)
+    whole = run(linear_logprob, inputs, slopes, max_bytes=NOBUF + 300 * 1024)
+    monkeypatch.setattr("tempo_kernels.linear_logprob_triton.FORWARD_ROWS", 128)
+    for one, other in zip(whole, run(linear_logprob, inputs, slopes, max_bytes=NOBUF + 300 * 1024), strict=True):
+        assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("max_bytes", [STORE, slab(140)], ids=["STORE", "SLAB"])

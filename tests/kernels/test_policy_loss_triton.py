@@ -1,5 +1,6 @@
 """The kernel of policy_loss in Triton's interpreter against float64, forward and backward."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tempo_kernels.dispatch import Target, recorded
 from tempo_kernels.policy_loss import Loss, effective_sample_size, policy_loss
-from tempo_kernels.policy_loss_triton import BLOCK, MAXES
+from tempo_kernels.policy_loss_triton import BLOCK, MAXES, Constants, Objective, gradients_triton
 from tempo_kernels.segments import boundaries
 from torch import Tensor
 
@@ -135,12 +136,11 @@ def test_a_batch_without_tokens_loses_nothing(kind, lengths):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_of_weight_0_have_no_part_but_in_the_maxima(kind):
+def test_a_batch_of_masked_tokens_is_all_zeros(kind):
     named, cu_seqlens = inputs([5, 1])
     named["weight_T"] = torch.zeros(6)
     loss, grads = run(named, cu_seqlens, {"kind": kind, **EVERYTHING})
-    assert all(float(x) == 0 for name, x in loss.metrics.items() if name not in MAXES)
-    assert all(float(loss.metrics[name]) > 0 for name in MAXES)
+    assert all(float(x) == 0 for x in loss.metrics.values())
     assert all(grad is not None and bool((grad == 0).all()) for grad in grads)
 
 
@@ -202,3 +202,48 @@ def test_forward_and_backward_are_one_launch():
     with recorded(Target("cuda", 90)) as launches:
         run(named, cu_seqlens, {"kind": "gspo", **EVERYTHING})
     assert len(launches) == 1
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kind", ["ppo", "gspo", "reinforce"])
+def test_a_masked_token_counts_nowhere_whatever_it_holds(monkeypatch: pytest.MonkeyPatch, kernels: str, kind: Any):
+    monkeypatch.setenv("TEMPO_KERNELS", kernels)
+    cu_seqlens, keep = torch.tensor([0, 3, 5]), torch.tensor([0, 2, 3])
+    tensors = torch.randn(6, 5)
+    tensors[:, [1, 4]] = torch.tensor([torch.nan, -torch.inf])
+    weight_T = torch.tensor([0.2, 0.0, 0.3, 0.5, 0.0])
+
+    def run(index: torch.Tensor, cu_seqlens: torch.Tensor) -> tuple[Loss, torch.Tensor]:
+        logprob_T = tensors[0, index].clone().requires_grad_()
+        old, advantage, reference, sampler, entropy = (x[index] for x in tensors[1:])
+        loss = policy_loss(
+            logprob_T, old, advantage, weight_T[index], cu_seqlens, kind=kind, entropy_T=entropy, entropy_coef=0.1,
+            ref_logprob_T=reference, kl_coef=0.1, sampler_logprob_T=sampler, importance_cap=2.0,
+        )  # fmt: skip
+        loss.total.backward()
+        assert logprob_T.grad is not None
+        return loss, logprob_T.grad
+
+    masked, gradient_T = run(torch.arange(5), cu_seqlens)
+    alone, expected_T = run(keep, torch.tensor([0, 2, 3]))
+    torch.testing.assert_close(masked.total, alone.total)
+    torch.testing.assert_close(gradient_T[keep], expected_T)
+    assert (gradient_T[[1, 4]] == 0).all()
+    for name, value in alone.metrics.items():
+        torch.testing.assert_close(masked.metrics[name], value, msg=name)
+
+
+def test_a_nan_shows_in_the_maxima_too():
+    one_T = torch.ones(3)
+    loss = policy_loss(torch.tensor([0.0, torch.nan, 0.0]), one_T, one_T, one_T, torch.tensor([0, 3]), kind="ppo")
+    assert all(loss.metrics[name].isnan() for name in MAXES)
+
+
+def test_boundaries_beyond_the_tokens_touch_no_foreign_memory():
+    one_T = torch.ones(4)
+    how = Objective("ppo", 0.8, 1.2, math.inf, math.inf, "k3", 0.0, 0.0)
+    given = Constants(one_T, one_T, one_T, None, None, torch.tensor([0, 3, 9]))
+    long, _, _, _ = gradients_triton(one_T, None, given, how)
+    short, _, _, _ = gradients_triton(one_T, None, given._replace(cu_seqlens_S1=torch.tensor([0, 3])), how)
+    assert long.tolist() == [-1.0] * 4
+    assert short.tolist() == [-1.0, -1.0, -1.0, 0.0]

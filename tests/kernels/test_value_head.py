@@ -514,3 +514,10 @@ def test_inputs_of_the_fused_loss_that_do_not_fit_are_refused(change, message):
 def test_an_unknown_head_is_refused_by_value_head():
     with pytest.raises(ValueError, match="head must be one of linear, sigmoid, got 'tanh'"):
         value_head(torch.zeros(2, 3), torch.zeros(3), torch.zeros(()), head="tanh")  # pyright: ignore[reportArgumentType]
+
+
+def test_autocast_does_not_round_values():
+    hidden_ND, weight_D = torch.randn(5, 64), torch.randn(64)
+    plain = value_score(hidden_ND, weight_D, torch.zeros(()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(value_score(hidden_ND, weight_D, torch.zeros(())), plain)

@@ -1,5 +1,6 @@
 """The kernels of value_head in Triton's interpreter against the PyTorch path in float64."""
 
+import importlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -223,8 +224,27 @@ def test_frozen_weights_cost_no_gradient_either():
 
 
 def test_hidden_sizes_beyond_the_registers_run_in_pytorch(monkeypatch):
-    monkeypatch.setattr("tempo_kernels.value_head.MAX_HIDDEN_SIZE", 23)
+    # by its path: the package's name for it is the function
+    monkeypatch.setattr(importlib.import_module("tempo_kernels.value_head"), "MAX_HIDDEN_SIZE", 23)
     inputs = Inputs(3, 24)
     monkeypatch.setattr(value_head_triton, "launch", lambda *a, **k: pytest.fail("a kernel was launched"))
     inputs.loss()
     inputs.values()
+
+
+def test_a_norm_without_epsilon_ignores_masked_and_missing_rows():
+    hidden_ND, weight_D, return_N = torch.randn(7, 24), torch.randn(24), torch.rand(7)
+    weight_N = torch.tensor([0.2, 0.0, 0.2, 0.2, 0.0, 0.2, 0.2])
+    totals = [
+        value_head_loss(
+            hidden_ND.to(dtype),
+            weight_D,
+            torch.zeros(1),
+            return_N,
+            weight_N,
+            norm_weight_D=torch.ones(24),
+            norm_eps=0.0,
+        ).total
+        for dtype in (torch.float32, torch.float64)
+    ]
+    torch.testing.assert_close(totals[0].double(), totals[1].double())
