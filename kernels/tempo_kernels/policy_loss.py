@@ -56,9 +56,11 @@ class Loss(NamedTuple):
 def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Constants, how: Objective) -> Loss:
     """The definition, in the inputs' precision, at least float32; autograd derives the gradient."""
     weight_T, is_live_T, cu_seqlens_S1 = _wide(given.weight_T), given.weight_T != 0, given.cu_seqlens_S1
+    has_masked = weight_T.is_cuda or not is_live_T.all()
 
     def live(x_T: Tensor) -> Tensor:
-        return torch.where(is_live_T, _wide(x_T), 0.0)  # what a masked token holds must not count: 0 * NaN is NaN
+        """What a masked token holds must not count, not even as 0 * NaN."""
+        return torch.where(is_live_T, _wide(x_T), 0.0) if has_masked else _wide(x_T)
 
     logprob_T, old_logprob_T, advantage_T = (live(x) for x in (logprob_T, given.old_logprob_T, given.advantage_T))
     log_ratio_T = logprob_T - old_logprob_T
@@ -74,7 +76,9 @@ def _policy_loss_torch(logprob_T: Tensor, entropy_T: Tensor | None, given: Const
         pg_T = -advantage_T * logprob_T
     else:
         held_T = ratio_T.masked_fill(is_low_T, how.lowest_ratio).masked_fill(is_high_T, how.highest_ratio)
-        pg_T = -advantage_T * held_T.masked_fill(is_dual_T, how.dual_clip)
+        if how.dual_clip < math.inf:
+            held_T = held_T.masked_fill(is_dual_T, how.dual_clip)
+        pg_T = -advantage_T * held_T
     effective_T = ratio_T.detach()
     if given.sampler_logprob_T is not None:
         effective_T = (old_logprob_T - live(given.sampler_logprob_T)).exp().clamp(max=how.importance_cap)
