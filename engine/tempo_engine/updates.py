@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from tempo_kernels import policy_loss, token_weights, value_head_loss
-from tempo_kernels.policy_loss import PolicyLossKind, effective_sample_size
+from tempo_kernels import effective_sample_size, policy_loss, token_weights, value_head_loss
+from tempo_kernels.policy_loss import PolicyLossKind
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import ValueClip, ValueLossKind
 from torch import Tensor

@@ -22,6 +22,7 @@ def _poisoned(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+    monkeypatch.setattr(Tensor, "new_empty", _poisoned(Tensor.new_empty))
 
 
 @pytest.fixture(autouse=True)

@@ -336,6 +336,35 @@ def test_shifting_all_logits_changes_only_the_logsumexp(shift: float):
     assert_close(shifted.logsumexp_T, plain.logsumexp_T + shift)
 
 
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 6), st.integers(1, 1400)),
+    max_bytes=st.integers(0, 2**18),
+    shift=st.floats(-200, 200),
+    temperature=st.floats(0.2, 3),
+    seed=st.integers(0, 2**20),
+)
+def test_neither_the_cut_nor_a_shift_of_all_logits_changes_anything_but_the_logsumexp(
+    size, max_bytes: int, shift: float, temperature: float, seed: int
+):
+    T, D, V = size
+    generator = torch.Generator().manual_seed(seed)
+    draw = {"generator": generator, "dtype": torch.float64}
+    hidden_TD, head_VD, bias_V = torch.randn(T, D, **draw), torch.randn(V, D, **draw), torch.randn(V, **draw)
+    target_T, slopes = torch.randint(V, (T,), generator=generator), torch.randn(2, T, **draw)
+
+    def run(bias: Tensor, max_bytes: int) -> list[Tensor]:
+        hidden, head = hidden_TD.clone().requires_grad_(), head_VD.clone().requires_grad_()
+        stats = linear_logprob(hidden, head, target_T, bias=bias, temperature=temperature, max_bytes=max_bytes)
+        total = (slopes[0] * stats.logprob_T + slopes[1] * stats.entropy_T).sum()
+        return [stats.logprob_T, stats.entropy_T, stats.logsumexp_T, *torch.autograd.grad(total, [hidden, head])]
+
+    want, got = run(bias_V, 2**30), run(bias_V + shift, max_bytes)
+    want[2] = want[2] + shift / temperature
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
 def test_stored_logits_serve_one_backward_pass_and_say_so():
     hidden_TD = torch.randn(3, 4, requires_grad=True)
     total = linear_logprob(hidden_TD, torch.randn(7, 4), torch.tensor([0, 1, 2])).logprob_T.sum()
