@@ -165,7 +165,9 @@ def _value_head(head: HeadKind, loss: ValueLossKind, clip: ValueClip, has_norm: 
 
 
 def _advantage() -> None:
-    advantage_T = advantage(torch.ones(2), torch.zeros(18), _CU_SEQLENS)
+    for outcome_S, num_values in ((_tensor(2), 18), (_tensor(2), 16), (None, 18)):
+        advantage_T = advantage(outcome_S, _tensor(num_values), _CU_SEQLENS)
+        advantage_T.sum().backward()
     whiten(advantage_T, torch.zeros(16, dtype=torch.int64))
     whitened_advantage(
         torch.ones(2), torch.zeros(18), _CU_SEQLENS, torch.zeros(2, dtype=torch.int64), num_populations=1

@@ -86,7 +86,7 @@ def _floors() -> Table:
     rows["policy_loss"] = cost.policy_loss(T)
     for name, least in rows.items():
         numbers = (least.flops / 1e12, least.bytes_moved / 1e9, least.memory / 1e9, cost.H100.floor_ms(least))
-        table.add_row(name, *(f"{x:.4f}" if x < 0.1 else f"{x:.2f}" for x in numbers))
+        table.add_row(name, *(f"{x:.2g}" if x < 0.1 else f"{x:.2f}" for x in numbers))
     return table
 
 

@@ -28,3 +28,23 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def random_numbers_are_the_same_every_time() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TEMPO_KERNELS", "triton")
+
+
+@pytest.fixture
+def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Once called, programs of a launch run in a random order; the interpreter's own is one after the other."""
+    builder = pytest.importorskip("triton.runtime.interpreter").interpreter_builder
+    set_grid_idx = builder.set_grid_idx
+
+    def shuffled(x: int, y: int, z: int) -> None:
+        size = builder.grid_dim[0]
+        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
+        set_grid_idx(order[x], y, z)
+
+    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)

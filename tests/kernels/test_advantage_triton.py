@@ -9,31 +9,12 @@ from tempo_kernels.dispatch import Target, recorded
 from tempo_kernels.segments import boundaries
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_runs_it")
 
 # One token, empty sequences, and sequences longer than one block.
 LENGTHS = [[1], [127], [0, 129, 0, 1, 0], [5, BLOCK, 0, BLOCK + 1, 2 * BLOCK + 1]]
 # (outcomes are given, values include the terminal ones)
 LAYOUTS = [(True, True), (True, False), (False, True)]
-
-
-@pytest.fixture(autouse=True)
-def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPO_KERNELS", "triton")
-
-
-@pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, programs of a launch run in a random order."""
-    builder = triton.runtime.interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-
-    def shuffled(x: int, y: int, z: int) -> None:
-        size = builder.grid_dim[0]
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
-        set_grid_idx(order[x], y, z)
-
-    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)
 
 
 def inputs(

@@ -2,15 +2,23 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tempo_kernels
 from tempo_kernels.compile import DEVICES, compile_kernels
 
 # linear_logprob's products, where they are not read from memory instead
 HAS_PRODUCTS = ("forward_kernel", "backward_kernel")
+
+
+def all_kernels() -> set[str]:
+    """Names of all kernels in the sources."""
+    sources = Path(tempo_kernels.__file__).parent.rglob("*.py")
+    return {name for file in sources for name in re.findall(r"^def _(\w+_kernel)\(", file.read_text(), re.MULTILINE)}
 
 
 def compiling(*command: str) -> subprocess.CompletedProcess[str]:
@@ -25,6 +33,7 @@ def test_every_kernel_compiles_without_spills_within_shared_memory_and_with_matr
     for target in DEVICES:
         ops = {row["op"].split()[0].rstrip(",") for row in rows if row["target"] == target}
         assert ops == {"linear_logprob", "gather_logprob", "value_head", "advantage", "policy_loss"}
+    assert {row["kernel"] for row in rows} == all_kernels()
     for row in rows:
         assert row["spills"] == 0, row
         assert 0 < row["registers"] <= 512, row

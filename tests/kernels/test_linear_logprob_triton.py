@@ -13,35 +13,16 @@ from tempo_kernels.linear_logprob import linear_logprob_reference
 from tempo_kernels.linear_logprob_triton import PART_COLUMNS, tile_for
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_runs_it")
 
 TILE = tile_for(INTERPRETER, torch.float32, is_plain=True).columns
 STORE, NOBUF = 2**30, 0
 
 
 @pytest.fixture(autouse=True)
-def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPO_KERNELS", "triton")
-
-
-@pytest.fixture(autouse=True)
 def blocks_may_have_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a few tokens are enough for NOBUF to cut them."""
     monkeypatch.setattr(importlib.import_module("tempo_kernels.linear_logprob"), "MIN_ROWS", 3)
-
-
-@pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, programs of a launch run in a random order."""
-    builder = triton.runtime.interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-
-    def shuffled(x: int, y: int, z: int) -> None:
-        size = builder.grid_dim[0]
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
-        set_grid_idx(order[x], y, z)
-
-    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)
 
 
 def slab(T: int, itemsize: int = 4) -> int:

@@ -1,33 +1,13 @@
 """The kernels of gather_logprob in Triton's interpreter against float64."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from tempo_kernels.logprob import TokenStats, gather_logprob, gather_logprob_reference
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
-
-
-@pytest.fixture(autouse=True)
-def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPO_KERNELS", "triton")
-
-
-@pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, programs of a launch run in a random order."""
-    builder = triton.runtime.interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-
-    def shuffled(x: int, y: int, z: int) -> None:
-        size = builder.grid_dim[0]
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
-        set_grid_idx(order[x], y, z)
-
-    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)
+pytestmark = pytest.mark.usefixtures("triton_runs_it")
 
 
 def inputs(T: int, V: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -1,7 +1,6 @@
 """The kernel of policy_loss in Triton's interpreter against float64, forward and backward."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,32 +11,13 @@ from tempo_kernels.policy_loss_triton import BLOCK, MAXES, Constants, Objective,
 from tempo_kernels.segments import boundaries
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_runs_it")
 
 KINDS = ["ppo", "gspo", "reinforce"]
 # One token, empty sequences, and sequences longer than one block.
 LENGTHS = [[1], [127], [0, 129, 0, 1, 0], [5, BLOCK, 0, BLOCK + 1, 2 * BLOCK + 1]]
 CLIPS = {"clip_low": 0.15, "clip_high": 0.3}
 EVERYTHING = CLIPS | {"dual_clip": 1.5, "entropy_coef": 0.1, "kl_coef": 0.2, "importance_cap": 1.1}
-
-
-@pytest.fixture(autouse=True)
-def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPO_KERNELS", "triton")
-
-
-@pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, programs of a launch run in a random order."""
-    builder = triton.runtime.interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-
-    def shuffled(x: int, y: int, z: int) -> None:
-        size = builder.grid_dim[0]
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
-        set_grid_idx(order[x], y, z)
-
-    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)
 
 
 def inputs(lengths: list[int], dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:

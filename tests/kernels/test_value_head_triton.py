@@ -11,7 +11,7 @@ from tempo_kernels import value_head_triton
 from tempo_kernels.value_head import value_head, value_head_loss
 from torch import Tensor
 
-triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("triton_runs_it")
 
 LOSSES: list[dict[str, Any]] = [
     {"head": "linear"},
@@ -19,25 +19,6 @@ LOSSES: list[dict[str, Any]] = [
     {"head": "linear", "clip": "token"},
     {"head": "sigmoid", "clip": "sequence_mean"},
 ]
-
-
-@pytest.fixture(autouse=True)
-def triton_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TEMPO_KERNELS", "triton")
-
-
-@pytest.fixture
-def in_any_order(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Once called, programs of a launch run in a random order."""
-    builder = triton.runtime.interpreter.interpreter_builder
-    set_grid_idx = builder.set_grid_idx
-
-    def shuffled(x: int, y: int, z: int) -> None:
-        size = builder.grid_dim[0]
-        order = torch.randperm(size, generator=torch.Generator().manual_seed(size)).tolist()
-        set_grid_idx(order[x], y, z)
-
-    return lambda: monkeypatch.setattr(builder, "set_grid_idx", shuffled)
 
 
 def named(tensors: list[Tensor]) -> dict[str, Any]:
