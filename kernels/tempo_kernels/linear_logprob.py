@@ -42,6 +42,7 @@ from tempo_kernels.linear_logprob_torch import (
     linear_logprob_reference,
     products_,
     slices,
+    stacked,
 )
 from tempo_kernels.linear_logprob_triton import backward_triton, forward_triton
 
@@ -141,13 +142,10 @@ class _LinearLogprob(torch.autograd.Function):
         call, (*inputs, logsumexp_T, entropy_T, kept, kept_max) = ctx.call, ctx.saved_tensors
         hidden_TD, head_VD, bias_V, target_T, inverse_temperature_T = inputs
         ctx.is_spent = kept is not None
-        zero_T = torch.zeros_like(logsumexp_T)
-        g, g_entropy, g_logsumexp = (zero_T if x is None else x.to(zero_T.dtype) for x in grads[:3])
-        a_T = g_logsumexp - g - g_entropy * entropy_T
-        upstream = torch.stack([logsumexp_T, a_T * inverse_temperature_T, -g_entropy * inverse_temperature_T,
-                                g * inverse_temperature_T])  # fmt: skip
+        g_3T = stacked(grads[:3], logsumexp_T)
+        upstream = torch.stack(Upstream.of(g_3T, logsumexp_T, entropy_T, inverse_temperature_T))
         # Only rows that someone asks about: a NaN asks too.
-        live = ((g != 0) | (g_entropy != 0) | (g_logsumexp != 0)).nonzero()[:, 0]
+        live = (g_3T != 0).any(0).nonzero()[:, 0]
         live = None if len(live) == len(target_T) else live
         if live is not None:
             hidden_TD, target_T, inverse_temperature_T = hidden_TD[live], target_T[live], inverse_temperature_T[live]

@@ -7,7 +7,7 @@ product. Here they take ROWS x COLUMNS at a time, in scratch memory that stays i
 # Shape letters: T = packed response tokens, D = hidden size, V = vocabulary, R = rows of a block, C = its columns
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -162,6 +162,19 @@ class Upstream(NamedTuple):
     a_T: Tensor
     b_T: Tensor
     g_T: Tensor
+
+    @staticmethod
+    def of(g_3T: Tensor, logsumexp_T: Tensor, entropy_T: Tensor, inverse_temperature_T: Tensor) -> Upstream:
+        """From the gradients of log-prob, entropy and logsumexp, [3, T]."""
+        g_T, g_entropy_T, g_logsumexp_T = g_3T
+        a_T, b_T = g_logsumexp_T - g_T - g_entropy_T * entropy_T, -g_entropy_T
+        return Upstream(logsumexp_T, *(x_T * inverse_temperature_T for x_T in (a_T, b_T, g_T)))
+
+
+def stacked(grads: Sequence[Tensor | None], like_T: Tensor) -> Tensor:
+    """Gradients as autograd hands them over, [number of them, T] in one dtype; zeros for those that did not come."""
+    zero_T = torch.zeros_like(like_T)
+    return torch.stack([zero_T if x is None else x.to(zero_T.dtype) for x in grads])
 
 
 def backward_torch(block: Block, upstream: Upstream, *, has_entropy: bool) -> None:

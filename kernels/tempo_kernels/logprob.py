@@ -27,6 +27,7 @@ from tempo_kernels.linear_logprob_torch import (
     Upstream,
     backward_torch,
     linear_logprob_reference,
+    stacked,
 )
 
 __all__ = ["TokenStats", "gather_logprob", "gather_logprob_reference"]
@@ -182,12 +183,9 @@ def _backward_torch(saved: _Saved, upstream_MT: Tensor, dlogits_TV: Tensor, voca
         dlive_RV = logits_TV[live]
         dlogits_TV.zero_()
     _, target_R, inverse_temperature_R, logsumexp_R, entropy_R = (x if is_whole else x[live] for x in saved)
-    g, g_entropy, g_logsumexp = upstream_MT if is_whole else upstream_MT[:, live]
-    a_R, b_R = g_logsumexp - g - g_entropy * entropy_R, -g_entropy
-    upstream = Upstream(logsumexp_R, *(x * inverse_temperature_R for x in (a_R, b_R, g)))
-    backward_torch(
-        _block(dlive_RV, target_R, inverse_temperature_R), upstream, has_entropy=bool((g_entropy != 0).any())
-    )
+    g_3R = upstream_MT if is_whole else upstream_MT[:, live]
+    upstream = Upstream.of(g_3R, logsumexp_R, entropy_R, inverse_temperature_R)
+    backward_torch(_block(dlive_RV, target_R, inverse_temperature_R), upstream, has_entropy=bool((g_3R[1] != 0).any()))
     if not is_whole:
         dpart_TV[live] = dlive_RV
 
@@ -214,8 +212,7 @@ class _GatherLogprob(torch.autograd.Function):
                 "to go backward twice, call it with in_place_backward=False"
             )
         saved = _Saved(*(x.detach() for x in ctx.saved_tensors))
-        zero_T = torch.zeros_like(saved.logsumexp_T)
-        upstream_MT = torch.stack([zero_T if x is None else x.to(zero_T.dtype) for x in grads[:3]])
+        upstream_MT = stacked(grads[:3], saved.logsumexp_T)
         dlogits_TV = saved.logits_TV
         if ctx.in_place:
             ctx.is_spent = True
