@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from tempo_engine.model import Policy, create_causal_lm
+from tempo_engine.model import Policy
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.samplers.local import LocalSampler
+from tempo_engine.weights import create_causal_lm
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 PROMPT_TOKENS, GROUP_SIZE, LONGEST = 64, 8, 128
@@ -95,7 +96,7 @@ def main() -> None:
         f"{'model':12} {'lengths':9} {'ours tok/s':>11} {'generate':>9} {'ratio':>6} {'log-prob gap':>13}   (tokens per CPU-second)"
     )
     for name, config in MODELS.items():
-        model = create_causal_lm(config, dtype="float32", attention="sdpa", seed=0)
+        model = create_causal_lm(config, dtype=torch.float32, attention="sdpa", seed=0)
         policy = Policy(model)
         model.generation_config.eos_token_id = None  # pyright: ignore[reportOptionalMemberAccess]
         rng = np.random.default_rng(0)

@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from tempo_engine.model import Policy, create_causal_lm
+from tempo_engine.blocks import BlockOptions
+from tempo_engine.model import Policy
+from tempo_engine.parallel import Sharding
 from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.weights import DTYPES, create_causal_lm
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +50,14 @@ SMALL: dict[str, dict[str, Any]] = {
 def make_policy() -> Callable[..., Policy]:
     """A small random policy: make_policy("qwen3", seed=1)."""
 
-    def make(model_type: str = "llama", *, seed: int = 0, dtype: str = "float32", **overrides: Any) -> Policy:
+    def make(
+        model_type: str = "llama",
+        *,
+        seed: int = 0,
+        dtype: str = "float32",
+        blocks: BlockOptions | None = None,
+        **overrides: Any,
+    ) -> Policy:
         config = {
             "model_type": model_type,
             "vocab_size": 40,
@@ -63,9 +73,10 @@ def make_policy() -> Callable[..., Policy]:
             **SMALL[model_type],
             **overrides,
         }
-        return Policy(
-            create_causal_lm(config, dtype=dtype, attention="eager" if model_type == "gemma2" else "sdpa", seed=seed)
-        )
+        sharding = Sharding(compute=DTYPES[dtype])
+        attention = "eager" if model_type == "gemma2" else "sdpa"
+        model = create_causal_lm(config, dtype=sharding.storage, attention=attention, seed=seed)
+        return Policy(model, sharding=sharding, blocks=blocks)
 
     return make
 

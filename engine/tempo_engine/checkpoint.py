@@ -1,59 +1,105 @@
-"""Save, verify, resume, export. Safetensors and JSON only: nothing here can execute code when it is read.
+"""Save, verify, resume, by any number of ranks. Safetensors and JSON only: nothing here can execute code when it is read.
 
-A checkpoint is a folder `step-00000012` with tensors.safetensors, state.json and manifest.json (sizes and SHA-256). It is written
-under a temporary name, flushed to disk, then renamed: a folder with that name is complete. The one before is deleted only after
-the new one verifies.
+A checkpoint is a folder `step-00000012`: `*.safetensors` that the ranks write their shards into (torch.distributed.checkpoint,
+which reads them on any other number of ranks), `state.json`, and `manifest.json` with size and SHA-256 of all of these. It is
+written under a temporary name, flushed to disk, read back and compared, then renamed: a folder with that name is complete. Only
+then are older ones deleted.
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForTokenClassification, PreTrainedModel
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-from tempo_engine.errors import UserError, first_sentence
-from tempo_engine.model import Critic, Policy, load_whole, trunk_of
+from tempo_engine import parallel
+from tempo_engine.errors import UserError
 
 PREFIX = "step-"
+FILE_BYTES = 256 << 20  # what a rank writes into one file, about: files are put together in host memory
+MARGIN_BYTES = 16 << 20  # headers, state and manifest
+
+Fingerprint = dict[str, Any]  # {"bytes": 3, "sha256": "ba7816bf..."}
+
+# Said by torch whenever one process saves or loads for itself.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = 2) -> Path:
-    """Write the checkpoint of `step` and delete all but the newest `keep`. Returns its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".writing-*"):
-        shutil.rmtree(leftover)
-    temporary = folder / f".writing-{os.getpid()}"
-    temporary.mkdir()
-    # A copy in host memory: safetensors refuses tensors that share memory, and a GPU has no room for a second set.
-    copies = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    save_file(copies, temporary / "tensors.safetensors")
-    (temporary / "state.json").write_text(json.dumps(state), encoding="utf-8")
-    manifest = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in [*temporary.iterdir(), temporary]:
-        _flush(path)
-    final = folder / f"{PREFIX}{step:08d}"
-    if final.exists():  # out of the way in one step, so that a kill never leaves half a checkpoint under a good name
-        final.rename(folder / f".writing-old-{os.getpid()}")
-    temporary.rename(final)
-    _flush(folder)
-    problem = damage(final)
-    if problem:
-        raise OSError(f"the checkpoint just written to {final} does not verify: {problem}; older ones were kept")
-    # Folders of later steps are damaged ones that a resume skipped: they do not count, and this run writes them anew.
-    older = [path for path in list_checkpoints(folder) if path.name < final.name]
-    for old in [*older[: len(older) - keep + 1], *folder.glob(".writing-old-*")]:
-        shutil.rmtree(old)
-    return final
+    """Write the checkpoint of `step`, then delete all older ones but the newest `keep - 1`. Returns its path. Collective.
+
+    `tensors` are shards (DTensor) or whole tensors that all ranks hold alike; `state` must be JSON, the main rank's is written.
+    Raises UserError when the disk has no room for it, OSError when a rank cannot write; older checkpoints are kept then.
+    """
+    write = _Write(folder, step, tensors, state)
+    with _os_error(f"the checkpoint of step {step} was not written, older ones were kept"):
+        state_dict_saver.save(
+            write.tensors, storage_writer=write.writer, planner=_Copying(), no_dist=parallel.world_size() == 1
+        )
+    return write.publish(keep)
+
+
+class Checkpoints:
+    """The checkpoints of a run: `folder` with the newest `keep` of them. Collective: all ranks make the same calls.
+
+    `asynchronous`: `save` returns as soon as the tensors are copied to host memory; a thread writes them while the run goes on, and
+    the checkpoint is published by a later `poll`, `save` or `finish`. A crash before that loses this one only. An error of the
+    thread is raised by the call that would have published.
+    """
+
+    def __init__(self, folder: Path, *, keep: int = 2, asynchronous: bool = False) -> None:
+        self.folder, self.keep, self.asynchronous = folder, keep, asynchronous
+        # A group of its own: what the thread sends must not meet what the run sends.
+        needs_group = asynchronous and parallel.world_size() > 1
+        self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if needs_group else None
+        self._pending: tuple[_Write, Future[Any]] | None = None
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Save as the function `save` does; first wait for the checkpoint before."""
+        self.finish()
+        if not self.asynchronous:
+            save(self.folder, step, tensors, state, keep=self.keep)
+            return
+        write = _Write(self.folder, step, tensors, state)
+        future = state_dict_saver.async_save(
+            write.tensors,
+            storage_writer=write.writer,
+            planner=_Copying(),
+            process_group=self._group,
+            no_dist=parallel.world_size() == 1,
+        )
+        self._pending = write, cast(Future[Any], future)
+
+    def poll(self) -> None:
+        """Publish the pending checkpoint if all ranks have written theirs; cheap enough for every step."""
+        if self._pending and not parallel.largest(float(not self._pending[1].done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the pending checkpoint, if there is one, and publish it."""
+        if self._pending is None:
+            return
+        (write, future), self._pending = self._pending, None
+        with _os_error(f"the checkpoint of step {write.step} was not written, older ones were kept"):
+            future.result()
+        write.publish(self.keep)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -62,32 +108,224 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None when every file has the size and hash of its manifest."""
-    try:
-        manifest = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if _fingerprint(checkpoint / name) != expected:
-                return f"{name} is not what its manifest says"
-    except (OSError, ValueError, AttributeError) as error:
-        return str(error)
-    return None
+    """What is wrong with a checkpoint, in words; None when every file has the size and hash of its manifest.
+
+    Collective: ranks divide the reading.
+    """
+    manifest, problem = parallel.from_main(lambda: _manifest(checkpoint))
+    names = list(manifest)
+    problems = parallel.together(
+        [manifest[name]["bytes"] for name in names],
+        lambda mine: [_difference(checkpoint / names[i], manifest[names[i]]) for i in mine],
+    )
+    return next(filter(None, [problem, *problems]), None)
 
 
-def load_newest(folder: Path, warn: Any = print) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-    """Tensors and state of the newest undamaged checkpoint; damaged ones are skipped aloud.
+def newest(folder: Path, warn: Callable[[str], Any] = print) -> Path:
+    """The newest undamaged checkpoint; damaged ones are skipped aloud, by the main rank. Collective.
 
     Raises UserError when there is none.
     """
-    for checkpoint in reversed(list_checkpoints(folder)):
-        problem = damage(checkpoint)
+    for name in parallel.from_main(lambda: [path.name for path in reversed(list_checkpoints(folder))]):
+        problem = damage(folder / name)
         if problem is None:
-            state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-            return load_file(checkpoint / "tensors.safetensors"), state, checkpoint
-        warn(f"skipping the damaged checkpoint {checkpoint}: {problem}")
+            return folder / name
+        if parallel.is_main():
+            warn(f"skipping the damaged checkpoint {folder / name}: {problem}")
     raise UserError(f"{folder} holds no usable checkpoint; start again in another --run-dir")
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+
+
+def names(checkpoint: Path) -> dict[str, torch.Size]:
+    """Names of all tensors in it, with their shapes."""
+    return {name: tensor.size for name, tensor in _saved(checkpoint).items()}
+
+
+def load_tensors(checkpoint: Path, into: dict[str, Tensor]) -> set[str]:
+    """Fill, in place, those of `into` that the checkpoint has, sharded as they are and in the dtype they have. Collective.
+
+    Any folder of safetensors will do, a Hugging Face model too. Returns the names of those filled. Raises UserError when a tensor
+    of that name has another shape.
+    """
+    saved = _saved(checkpoint)
+    found = {name: tensor.detach() for name, tensor in into.items() if name in saved}
+    for name, tensor in found.items():
+        if saved[name].size != tensor.shape:
+            raise UserError(
+                f"{checkpoint} holds {name} with shape {list(saved[name].size)}, but the model here wants "
+                f"{list(tensor.shape)}; use the config that it was saved with"
+            )
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    with _os_error(f"{checkpoint} cannot be read"):
+        state_dict_loader.load(cast(dict[str, Any], found), storage_reader=reader, no_dist=parallel.world_size() == 1)
+    return set(found)
+
+
+def _saved(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    metadata = HuggingFaceStorageReader(str(checkpoint)).read_metadata()
+    return cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+
+
+# --- On the way to disk ------------------------------------------------------------------------------------------------------
+
+
+class _Write:
+    """A checkpoint that is being written: under a temporary name until it is published."""
+
+    def __init__(self, folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        self.folder, self.step, self.state = folder, step, json.dumps(state)
+        self.tensors: dict[str, Any] = {name: tensor.detach() for name, tensor in tensors.items()}
+        num_bytes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}  # over all ranks
+        temporary = parallel.from_main(lambda: str(_make_room(folder, sum(num_bytes.values()))))
+        self.writer = _Writer(Path(temporary), num_bytes)
+
+    def publish(self, keep: int) -> Path:
+        """Give it its name, when all ranks have written and verified their files."""
+        each = [1] * parallel.world_size()  # one item a rank
+        parts = parallel.together(each, lambda mine: [self.writer.files.fingerprints for _ in mine])
+        fingerprints = {name: fingerprint for part in parts for name, fingerprint in sorted(part.items())}
+        return self.folder / parallel.from_main(lambda: self._rename(fingerprints, keep))
+
+    def _rename(self, fingerprints: dict[str, Fingerprint], keep: int) -> str:
+        temporary, final = self.writer.folder, self.folder / f"{PREFIX}{self.step:08d}"
+        for name, fingerprint in fingerprints.items():
+            if not (temporary / name).is_file() or (temporary / name).stat().st_size != fingerprint["bytes"]:
+                raise UserError(
+                    f"the main process does not see {temporary / name}, which another process wrote; "
+                    "choose a --run-dir on a file system that all machines share"
+                )
+        (temporary / "state.json").write_text(self.state, encoding="utf-8")
+        manifest = fingerprints | {"state.json": _fingerprint(temporary / "state.json")}
+        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in (temporary / "state.json", temporary / "manifest.json", temporary):
+            _flush(path)
+        if (
+            final.exists()
+        ):  # out of the way in one step, so that a kill never leaves half a checkpoint under a good name
+            final.rename(self.folder / f".writing-old-{os.getpid()}")
+        temporary.rename(final)
+        _flush(self.folder)
+        # Folders of later steps are damaged ones that a resume skipped: they do not count, and this run writes them anew.
+        older = [path for path in list_checkpoints(self.folder) if path.name < final.name]
+        for old in older[: len(older) - keep + 1]:
+            old.rename(self.folder / f".writing-old-{old.name}")
+        for old in self.folder.glob(".writing-old-*"):
+            shutil.rmtree(old)
+        return final.name
+
+
+def _make_room(folder: Path, num_bytes: int) -> Path:
+    """A fresh folder under a temporary name. What killed runs left is deleted.
+
+    Raises UserError when the disk cannot take `num_bytes`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.glob(".writing-*"):
+        shutil.rmtree(leftover)
+    free, needed = shutil.disk_usage(folder).free, num_bytes + num_bytes // 50 + MARGIN_BYTES
+    if free < needed:
+        raise UserError(
+            f"{folder} has {free:,} bytes free, a checkpoint needs {needed:,} while the older ones are still there; "
+            "make room, or lower checkpoint.keep, and go on with --resume"
+        )
+    temporary = folder / f".writing-{os.getpid()}"
+    temporary.mkdir()
+    return temporary
+
+
+class _Writer(HuggingFaceStorageWriter):
+    """Writes this rank's share into files of about FILE_BYTES and reads each back to see that it is what was meant."""
+
+    def __init__(self, folder: Path, num_bytes: dict[str, int]) -> None:
+        filled, file_of, limit = 0, {}, FILE_BYTES * parallel.world_size()
+        for name, size in num_bytes.items():
+            file_of[name] = 1 + filled // limit
+            filled += size
+        super().__init__(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+        self.folder = folder
+        self.fs = self.files = _HashedFiles()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        done = super().write_data(plan, planner)
+        for name, fingerprint in self.files.fingerprints.items():
+            if _fingerprint(self.folder / name) != fingerprint:
+                raise OSError(f"{self.folder / name} does not hold what was written to it")
+        return done
+
+
+class _HashedFiles(FileSystem):
+    """Files whose fingerprints are taken of the bytes on their way to the disk, not of what the disk then holds."""
+
+    def __init__(self) -> None:
+        self.fingerprints: dict[str, Fingerprint] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:  # pyright: ignore
+        with _HashedFile(io.FileIO(path, mode)) as file:
+            yield file
+        self.fingerprints[Path(path).name] = {"bytes": file.num_bytes, "sha256": file.sha.hexdigest()}
+
+
+class _HashedFile(io.BufferedWriter):
+    def __init__(self, raw: io.FileIO) -> None:
+        super().__init__(raw)
+        self.num_bytes, self.sha = 0, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.sha.update(data)
+        self.num_bytes += len(data)
+        return super().write(data)
+
+
+class _Copying(DefaultSavePlanner):
+    """Hands out copies in host memory: safetensors refuses tensors that share memory or have gaps."""
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        return cast(Tensor, super().resolve_data(write_item)).to(
+            "cpu", copy=True, memory_format=torch.contiguous_format
+        )
+
+
+@contextmanager
+def _os_error(what: str) -> Iterator[None]:
+    """The first rank's failure as an OSError: torch wraps failures in a BaseException with all ranks' tracebacks."""
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = next(iter(error.failures.items()))
+        if not isinstance(cause, Exception):  # KeyboardInterrupt
+            raise cause from None
+        raise OSError(f"{what}: rank {rank}: {cause}") from cause
+
+
+# --- Fingerprints ------------------------------------------------------------------------------------------------------------
+
+
+def _manifest(checkpoint: Path) -> tuple[dict[str, Fingerprint], str | None]:
+    """Fingerprints of the files that are there and should be; or what is wrong with that."""
+    try:
+        written = json.loads((checkpoint / "manifest.json").read_text(encoding="utf-8"))
+        manifest = {name: {"bytes": int(f["bytes"]), "sha256": f["sha256"]} for name, f in written.items()}
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        return {}, f"manifest.json cannot be read: {error}"
+    there = {path.name for path in checkpoint.glob("*.safetensors")} | {"state.json"}
+    if there != manifest.keys():
+        odd = min(there ^ manifest.keys())
+        return {}, f"{odd} is missing" if odd in manifest else f"{odd} is not in its manifest"
+    return manifest, None
+
+
+def _difference(path: Path, expected: Fingerprint) -> str | None:
+    try:
+        return None if _fingerprint(path) == expected else f"{path.name} is not what its manifest says"
+    except OSError as error:
+        return str(error)
+
+
+def _fingerprint(path: Path) -> Fingerprint:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
@@ -98,88 +336,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def export_policy(policy: Policy, tokenizer: Any, folder: Path) -> None:
-    """The policy as a Hugging Face directory: weights, config, generation config, tokenizer."""
-    with _in_one_piece(folder) as temporary:
-        policy.model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-@contextmanager
-def _in_one_piece(folder: Path) -> Iterator[Path]:
-    """A folder to write into that becomes `folder` only when everything in it is written."""
-    temporary = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    yield temporary
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
-
-
-def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
-    """The critic as a Hugging Face directory.
-
-    A token-classification model with one label where transformers has that class for the architecture; else the trunk, with the
-    head in `value_head.safetensors` (`weight` [hidden], `bias` []). `load_critic` reads both.
-    """
-    with _in_one_piece(folder) as temporary:
-        _write_critic(critic, temporary)
-        tokenizer.save_pretrained(temporary)
-
-
-def _write_critic(critic: Critic, folder: Path) -> None:
-    config = AutoConfig.for_model(**{**critic.config.to_dict(), "num_labels": 1})
-    try:
-        model = AutoModelForTokenClassification.from_config(config)
-        score = _score_layer(model)
-    except ValueError:  # transformers has no such class for this architecture, or one of another make
-        trunk: Any = critic.trunk
-        trunk.save_pretrained(folder)
-        save_file({"weight": critic.weight.detach(), "bias": critic.bias.detach()}, folder / "value_head.safetensors")
-    else:
-        nn.Module.to(model, next(critic.trunk.parameters()))
-        trunk_of(model).load_state_dict(critic.trunk.state_dict())
-        with torch.no_grad():
-            score.weight.copy_(critic.weight[None])
-            score.bias.copy_(critic.bias[None])
-        # The head keeps its own precision: see Critic.
-        score.to(critic.weight.dtype)
-        model.save_pretrained(folder)
-
-
-def load_critic(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
-    """Trunk, head weight [hidden] and bias [] of an exported critic: V_t = trunk(ids).last_hidden_state[t] . weight + bias.
-
-    Raises UserError when weights are missing: a policy's directory has no value head.
-    """
-    head = folder / "value_head.safetensors"
-    if head.is_file():
-        tensors = load_file(head)
-        return load_whole(AutoModel, folder), tensors["weight"], tensors["bias"]
-    model = load_whole(AutoModelForTokenClassification, folder, dtype=torch.float32)
-    score = _score_layer(model)
-    return trunk_of(model), score.weight.detach()[0], score.bias.detach()[0]
-
-
-def restore_critic(critic: Critic, folder: Path) -> None:
-    """Load an exported critic into one of the same architecture.
-
-    Raises UserError when the folder is not an exported critic or does not fit.
-    """
-    try:
-        trunk, weight, bias = load_critic(folder)
-        critic.trunk.load_state_dict(trunk.state_dict())
-        with torch.no_grad():
-            critic.weight.copy_(weight)
-            critic.bias.copy_(bias)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} does not hold a critic that fits this policy: {first_sentence(error)}") from error
-
-
-def _score_layer(model: PreTrainedModel) -> nn.Linear:
-    """The layer that turns hidden states into labels. Raises ValueError when there is no linear one."""
-    layer = getattr(model, "score", getattr(model, "classifier", None))
-    if not isinstance(layer, nn.Linear):
-        raise ValueError(f"{type(model).__name__} has no linear score layer")
-    return layer

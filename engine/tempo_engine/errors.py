@@ -1,7 +1,8 @@
-"""How a run ends early: by a mistake the user can mend, or by a signal."""
+"""How a run ends early: by a mistake the user can mend, by a signal, by gradients that are not numbers."""
 
 import signal
 from pathlib import Path
+from typing import Any
 
 
 class UserError(ValueError):
@@ -14,6 +15,16 @@ class Interrupted(Exception):
     def __init__(self, number: int, run_dir: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} after a checkpoint; go on with --resume {run_dir}")
         self.code = 128 + number
+
+
+class NonFinite(Exception):
+    """Gradients were not finite too many steps in a row. `batch` holds the tensors of the last of these steps by name."""
+
+    code = 3
+
+    def __init__(self, what: str, count: int, batch: dict[str, Any]) -> None:
+        super().__init__(f"the gradient of the {what} was not finite in {count} steps in a row; none of them was taken")
+        self.batch = batch
 
 
 def first_sentence(error: BaseException) -> str:

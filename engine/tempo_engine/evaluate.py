@@ -73,7 +73,7 @@ def terminal_probabilities(
     critic: Critic, target: tuple[float, float], rollouts: Sequence[Rollout], micro_batch_tokens: int
 ) -> np.ndarray:
     """The critic's terminal values as probabilities of being right, clamped to [0, 1], [N]."""
-    batch = pack(rollouts, device=critic.weight.device)
+    batch = pack(rollouts, device=critic.device)
     _, terminal_S = split_values(critic.values(batch, micro_batch_tokens), batch.cu_responses_S1)
     low, high = target
     return ((terminal_S - low) / (high - low)).clamp(0, 1).cpu().double().numpy()

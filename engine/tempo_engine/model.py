@@ -1,81 +1,47 @@
-"""Policy and critic: what a batch is worth under a Hugging Face model. Log-probs, entropies and values; no losses."""
+"""Policy and critic: what a batch is worth under a Hugging Face model. Log-probs, entropies and values; no losses.
+
+Both run inside a `Scope`: on many ranks their weights are shards, gathered while a function runs in it.
+"""
 
 # Shape letters: N = packed tokens, T = packed response tokens, TS = T + S values, D = hidden size
-import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from tempo_kernels import TokenStats, linear_logprob, value_head
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from tempo_engine.errors import UserError, first_sentence
-from tempo_engine.packing import PackedBatch
+from tempo_engine import parallel
+from tempo_engine.adapters import start_adapters
+from tempo_engine.blocks import BlockOptions, blocks_of, tune_blocks
+from tempo_engine.errors import UserError
+from tempo_engine.packing import MicroBatch, PackedBatch, micro_batches
+from tempo_engine.parallel import Sharding
+from tempo_engine.weights import blank_like, copy_weights, fill_from, is_blank, is_tied, make_room
 
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-
-
-def require_model_directory(path: Path) -> None:
-    """Raises UserError when the directory lacks its config or its safetensors weights."""
-    if not (path / "config.json").is_file():
-        raise UserError(f"{path} is not a Hugging Face model directory: {path}/config.json does not exist")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(
-            f"{path} has no *.safetensors weights; save the model with save_pretrained() into that directory"
-        )
+R = TypeVar("R")
 
 
-def load_whole(auto_class: Any, path: Path, **options: Any) -> PreTrainedModel:
-    """`auto_class.from_pretrained` of a local safetensors directory that has every weight of the model.
+class Scope(nn.Module):
+    """What FSDP wraps: a function called through it sees the whole weights, and its gradients come back as shards."""
 
-    Raises UserError when weights are missing: transformers would fill them with random numbers.
-    """
-    model, report = auto_class.from_pretrained(
-        path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
-    )
-    if report["missing_keys"]:
-        missing = sorted(report["missing_keys"])
-        raise UserError(f"{path} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} for one")
-    return model
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
 
-
-def load_causal_lm(path: Path, *, dtype: str, attention: Attention) -> PreTrainedModel:
-    """A causal language model from a Hugging Face directory (config.json and safetensors; never pickles, never remote code).
-
-    Raises UserError when the directory, its config or its weights are missing or unusable.
-    """
-    require_model_directory(path)
-    try:
-        return load_whole(AutoModelForCausalLM, path, dtype=DTYPES[dtype], attn_implementation=attention)
-    except UserError:
-        raise
-    # transformers, safetensors and flash-attn raise many kinds of exception for a directory that they cannot use
-    except Exception as error:
-        raise UserError(f"transformers cannot load {path}: {first_sentence(error)}") from error
+    def forward(self, function: Callable[..., R], *args: Any) -> R:
+        """`function(*args)`. For gradients to find their way, its result must be made of tensors, tuples and dicts."""
+        return function(*args)
 
 
-def create_causal_lm(config: dict[str, Any], *, dtype: str, attention: Attention, seed: int) -> PreTrainedModel:
-    """A freshly initialised causal language model: `config` holds `model_type` and whatever its transformers config takes.
-
-    Raises UserError when transformers does not know the model type or refuses the config.
-    """
-    fields = dict(config)
-    try:
-        model_config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return AutoModelForCausalLM.from_config(model_config, dtype=DTYPES[dtype], attn_implementation=attention)
-    except Exception as error:  # each architecture's config checks itself in its own way
-        raise UserError(f"transformers cannot create model.create {config}: {first_sentence(error)}") from error
-
-
-def trunk_of(model: PreTrainedModel) -> nn.Module:
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its LM head: the module whose last_hidden_state the head reads."""
-    return cast(nn.Module, model.base_model)
+    return cast(PreTrainedModel, model.base_model)
 
 
 def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor) -> Tensor:
@@ -84,8 +50,7 @@ def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor) -> Tensor
     FlashAttention reads the packed row as it is (transformers finds the boundaries from position_ids that start again at 0);
     elsewhere the sequences are padded on the right, which causal attention cannot see.
     """
-    attention = cast(Any, trunk).config._attn_implementation
-    if attention == "flash_attention_2":
+    if reads_packed(trunk):
         hidden = trunk(input_ids=batch.input_ids_N[None], position_ids=batch.position_N[None], use_cache=False)
         return hidden.last_hidden_state[0][index]
     ids_BL, index_N = batch.padded()
@@ -93,94 +58,195 @@ def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor) -> Tensor
     return hidden.flatten(0, 1)[index_N[index]]
 
 
-class Policy:
-    """A causal language model that is being improved. `version` counts its updates."""
+def reads_packed(trunk: nn.Module) -> bool:
+    """Whether sequences go through the trunk end to end (FlashAttention's varlen kernels) or padded to a rectangle."""
+    return cast(Any, trunk).config._attn_implementation == "flash_attention_2"
 
-    def __init__(self, model: PreTrainedModel, *, temperature: float = 1.0, version: int = 0) -> None:
-        self.model = model.eval()  # dropout has no place in a ratio of probabilities
+
+class Policy:
+    """A causal language model that is being improved. `version` counts its updates.
+
+    Args:
+        model: with its weights in `sharding.storage`, or on the meta device and then filled from `weights`.
+        weights: Hugging Face directory that a model on the meta device is filled from, shard by shard.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        temperature: float = 1.0,
+        version: int = 0,
+        sharding: Sharding | None = None,
+        blocks: BlockOptions | None = None,
+        device: torch.device | str = "cpu",
+        weights: Path | None = None,
+    ) -> None:
+        self.sharding = sharding or Sharding(compute=model.dtype)
+        self.blocks = blocks or BlockOptions()
+        self.model = cast(
+            PreTrainedModel, nn.Module.to(model.eval(), self.sharding.storage)
+        )  # dropout has no place in a ratio of probabilities
         self.trunk = trunk_of(model)
         self.temperature = temperature
         self.version = version
-        head = cast(nn.Linear, model.get_output_embeddings())
-        self.head_weight, self.head_bias = head.weight, head.bias
+        self.device = torch.device(device)
+        self.head = cast(nn.Linear, model.get_output_embeddings())
+        self.vocab_size, self.hidden_size = self.head.weight.shape
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
-        self._check_head()
+        was_blank = is_blank(model)
+        tune_blocks(model, self.blocks)
+        self.scope = Scope(model=model)
+        parallel.shard(self.scope, _groups(model), self.sharding, self.device)
+        if was_blank:
+            make_room(model, self.device, self.sharding)
+        if self.blocks.lora is not None:
+            start_adapters(model, self.blocks.lora)
+        if weights is not None:
+            fill_from(model, weights)
+        if weights is not None or not was_blank:
+            self.check_head()
 
     @torch.no_grad()
-    def _check_head(self) -> None:
-        """Trunk and LM head must reproduce the model's own logits: some architectures scale them in their forward."""
-        ids = torch.arange(4, device=self.device)[None] % len(self.head_weight)
-        own = self.model(input_ids=ids, use_cache=False).logits[0].float()
-        ours = self.logits(self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0])
+    def check_head(self) -> None:
+        """Raises UserError when trunk and LM head do not reproduce the model's own logits: some architectures scale them."""
+        ids = torch.arange(4, device=self.device)[None] % self.vocab_size
+
+        def both() -> tuple[Tensor, Tensor]:
+            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
+            return self.model(input_ids=ids, use_cache=False).logits[0].float(), self.logits(hidden)
+
+        own, ours = self.scope(both)
+        parallel.release(self.scope)
         if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
             raise UserError(
                 f"{type(self.model).__name__} changes its logits after the LM head in a way this engine does not know "
                 f"(largest difference {float((own - ours).abs().max()):.3g}); use another architecture"
             )
 
-    @property
-    def device(self) -> torch.device:
-        return self.head_weight.device
-
     def logits(self, hidden: Tensor) -> Tensor:
-        """LM head on hidden states, float32, before the temperature."""
-        logits = nn.functional.linear(hidden, self.head_weight, self.head_bias).float()
+        """LM head on hidden states, float32, before the temperature. Inside the scope, or `parallel.gathered`, only."""
+        logits = self.head(hidden).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def token_stats(self, batch: PackedBatch) -> TokenStats:
         """Log-prob, entropy and more of each response token at the sampling temperature, [T] each."""
-        hidden_TD = hidden_states(self.trunk, batch, batch.logprob_index_T)
+        return self.scope(self._token_stats, batch)
+
+    def _token_stats(self, batch: PackedBatch) -> TokenStats:
         return linear_logprob(
-            hidden_TD,
-            self.head_weight,
+            hidden_states(self.trunk, batch, batch.logprob_index_T),
+            self.head.weight,
             batch.target_T,
-            bias=self.head_bias,
+            bias=self.head.bias,
             temperature=self.temperature,
             softcap=self.softcap,
         )
 
+    @torch.no_grad()
+    def token_logprobs(self, batch: PackedBatch, max_tokens: int) -> Tensor:
+        """Log-probs of all response tokens under the policy as it is, [T] float32, computed in micro-batches."""
+        logprob_T = torch.zeros_like(batch.sampler_logprob_T)
+        for micro in self.micro_batches(batch, None, max_tokens):
+            part = self.token_stats(batch.select(micro.rows)).logprob_T.float()
+            if micro.counts:
+                logprob_T[segment_index(batch.cu_responses_S1, micro.rows)] = part
+        parallel.release(self.scope)
+        return parallel.add_up(logprob_T)
+
+    def micro_batches(self, batch: PackedBatch, rows: Tensor | None, max_tokens: int) -> list[MicroBatch]:
+        """This rank's micro-batches of the chosen rows, or of all."""
+        return micro_batches(batch, rows, max_tokens, is_packed=reads_packed(self.trunk))
+
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Those that are trained."""
         return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+
+    def frozen_copy(self) -> "Policy":
+        """A policy with the same weights that nobody trains: the reference of a KL."""
+        copied = Policy(
+            blank_like(self.model, self.sharding.storage).requires_grad_(False),
+            temperature=self.temperature,
+            sharding=self.sharding,
+            blocks=BlockOptions(lora=self.blocks.lora),
+            device=self.device,
+        )
+        copy_weights(copied.model, self.model)
+        return copied
+
+
+def _groups(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that FSDP gathers one at a time; what is left (norm, LM head, tied embedding) is gathered as one."""
+    return [*blocks_of(model), *([] if is_tied(model) else [cast(nn.Module, model.get_input_embeddings())])]
+
+
+class ValueHead(nn.Module):
+    """Weight [D] and bias [1] that start at zero, so that every value starts at 0 (linear) or 1/2 (sigmoid)."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
+        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+
+    def forward(self, hidden: Tensor, read: Callable[[Tensor, Tensor, Tensor], R]) -> R:
+        """`read(hidden, weight, bias)` with a scalar bias."""
+        return read(hidden, self.weight, self.bias[0])
 
 
 class Critic:
     """A token-level value function V(x, y_<t), read before each response token and after the last.
 
     `separate`: a trunk of its own, a copy of the policy's. `shared`: a value head on the policy's trunk, which the critic then
-    never trains: an E-step must not move the policy. The head starts at zero, so every value starts at 0 (linear) or 1/2 (sigmoid).
+    never trains: an E-step must not move the policy.
     """
 
-    def __init__(self, policy: Policy, *, backbone: Literal["separate", "shared"], head: HeadKind) -> None:
+    def __init__(self, policy: Policy, *, backbone: Literal["separate", "shared"], kind: HeadKind) -> None:
+        self.policy = policy
         self.backbone = backbone
-        self.head: HeadKind = head
-        self.config = policy.model.config
-        self.trunk = copy.deepcopy(policy.trunk) if backbone == "separate" else policy.trunk
+        self.kind: HeadKind = kind
+        self.device = policy.device
         # The head is at least float32 whatever the trunk is: a difference of two values near 1 would drown in bf16 spacing.
-        dtype = torch.promote_types(policy.head_weight.dtype, torch.float32)
-        hidden_size = policy.head_weight.shape[1]
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=policy.device))
-        self.bias = nn.Parameter(torch.zeros((), dtype=dtype, device=policy.device))
+        self.head = ValueHead(policy.hidden_size, policy.sharding.storage, policy.device)
+        self.trunk = policy.trunk
+        parts: dict[str, nn.Module] = {"head": self.head}
+        groups: list[nn.Module] = []
+        if backbone == "separate":
+            self.trunk = blank_like(policy.trunk, policy.sharding.storage)
+            parts["trunk"], groups = self.trunk, _groups(self.trunk)
+            tune_blocks(self.trunk, policy.blocks)
+        self.scope = Scope(**parts)
+        parallel.shard(self.scope, groups, policy.sharding, policy.device, precise=[self.head])
+        if backbone == "separate":
+            make_room(self.trunk, policy.device, policy.sharding)
+        self.copy_trunk()
 
-    def copy_trunk(self, policy: Policy) -> None:
+    def copy_trunk(self) -> None:
         """Take over the policy's trunk as it is now: a critic begins with what the policy has learned."""
         if self.backbone == "separate":
-            self.trunk.load_state_dict(policy.trunk.state_dict())
+            copy_weights(self.trunk, self.policy.trunk)
 
-    def hidden(self, batch: PackedBatch) -> Tensor:
-        """Hidden states that values are read from, [TS, D]; without gradient on the policy's trunk."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.backbone == "separate"):
+    def read(self, batch: PackedBatch, function: Callable[[Tensor, Tensor, Tensor], R]) -> R:
+        """`function(hidden [TS, D], head weight [D], bias [])`: a value, or a loss. No gradient reaches the policy's trunk."""
+        return self.scope(lambda: self.head(self._hidden(batch), function))
+
+    def _hidden(self, batch: PackedBatch) -> Tensor:
+        if self.backbone == "separate":
             return hidden_states(self.trunk, batch, batch.value_index_TS)
+        with torch.no_grad():
+            return self.policy.scope(hidden_states, self.trunk, batch, batch.value_index_TS)
 
     @torch.no_grad()
     def values(self, batch: PackedBatch, max_tokens: int) -> Tensor:
         """T + 1 values per sequence, [TS] float32, computed in micro-batches of at most `max_tokens`."""
-        value_TS = torch.empty(len(batch.value_index_TS), dtype=torch.float32, device=self.weight.device)
-        for rows in batch.micro_batches(torch.arange(len(batch), device=self.weight.device), max_tokens):
-            part = value_head(self.hidden(batch.select(rows)), self.weight, self.bias, head=self.head)
-            value_TS[segment_index(batch.cu_values_S1, rows)] = part.float()
-        return value_TS
+        value_TS = torch.zeros(len(batch.value_index_TS), dtype=torch.float32, device=self.device)
+        for micro in self.policy.micro_batches(batch, None, max_tokens):
+            part = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind)).float()
+            if micro.counts:
+                value_TS[segment_index(batch.cu_values_S1, micro.rows)] = part
+        for scope in (self.scope, self.policy.scope):
+            parallel.release(scope)
+        return parallel.add_up(value_TS)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
-        trunk = self.trunk.named_parameters() if self.backbone == "separate" else []
-        own = [("value_head.weight", self.weight), ("value_head.bias", self.bias)]
-        return [(f"trunk.{name}", p) for name, p in trunk if p.requires_grad] + own
+        """Those that are trained."""
+        return [(name, p) for name, p in self.scope.named_parameters() if p.requires_grad]

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from tempo_engine import parallel
+
 Schedule = Literal["constant", "linear", "cosine"]
 SCHEDULE_FLOOR = 0.05  # linear and cosine end at this share of the peak
 
@@ -23,9 +25,9 @@ def schedule_factor(step: int, *, warmup: int, schedule: Schedule, total: int) -
 
 
 class Optimizer:
-    """AdamW over named parameters. `step()` clips, guards, steps and clears the gradients.
+    """AdamW over named parameters, whole or shards. `step()` clips, guards, steps and clears the gradients.
 
-    Parameters in half precision have float32 masters, which are what AdamW moves: a step of 1e-6 would vanish in bfloat16.
+    A step whose gradient is not finite is skipped; `skipped_in_a_row` tells when that has become the rule.
     """
 
     def __init__(
@@ -36,63 +38,61 @@ class Optimizer:
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.999),
         max_grad_norm: float = 1.0,
+        max_skipped: int = 3,
         factor: Callable[[int], float] = lambda step: 1.0,
     ) -> None:
         self.named = dict(parameters)
-        half = (torch.bfloat16, torch.float16)
-        self.masters = {n: nn.Parameter(p.detach().float()) for n, p in self.named.items() if p.dtype in half}
-        self.stepped = {**self.named, **self.masters}
         self.lr = lr
         self.factor = factor
         self.max_grad_norm = max_grad_norm
+        self.max_skipped = max_skipped
         self.num_steps = 0
         self.num_skipped = 0
+        self.skipped_in_a_row = 0
         # Vectors (norms, biases, the value head) are not decayed: decay is for matrices that act on features.
         groups = [
-            {"params": [p for p in self.stepped.values() if p.ndim >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in self.stepped.values() if p.ndim < 2], "weight_decay": 0.0},
+            {"params": [p for p in self.named.values() if p.ndim >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in self.named.values() if p.ndim < 2], "weight_decay": 0.0},
         ]
         self.adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
 
-    @torch.no_grad()
     def step(self) -> float:
-        """One update; returns the gradient norm before clipping. A non-finite norm skips the update and is counted."""
-        for name, master in self.masters.items():
-            parameter = self.named[name]
-            if self.num_steps == 0:  # the weights may have been loaded or trained otherwise since this was built
-                master.copy_(parameter)
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-            parameter.grad = None
-        norm = float(torch.nn.utils.clip_grad_norm_(self.stepped.values(), self.max_grad_norm))
+        """One update; returns the norm of the whole gradient before clipping. All ranks must step."""
+        norm = float(parallel.whole(torch.nn.utils.clip_grad_norm_(self.named.values(), self.max_grad_norm)))
         if math.isfinite(norm):
             for group in self.adamw.param_groups:
                 group["lr"] = self.lr * self.factor(self.num_steps)
             self.adamw.step()
-            for name, master in self.masters.items():
-                self.named[name].copy_(master)
+            self.skipped_in_a_row = 0
         else:
             self.num_skipped += 1
+            self.skipped_in_a_row += 1
         self.num_steps += 1
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
     def state(self) -> dict[str, Tensor]:
         """Everything needed to go on exactly, as flat named tensors."""
-        tensors = {"num_steps": torch.tensor([self.num_steps, self.num_skipped])}
-        tensors |= {f"{name}/master": master.detach() for name, master in self.masters.items()}
-        for name, parameter in self.stepped.items():
+        tensors = {"num_steps": torch.tensor([self.num_steps, self.num_skipped, self.skipped_in_a_row])}
+        for name, parameter in self.named.items():
             for key, value in self.adamw.state.get(parameter, {}).items():
                 tensors[f"{name}/{key}"] = value
         return tensors
 
-    @torch.no_grad()
+    def blank_state(self) -> dict[str, Tensor]:
+        """Room for a saved state with all of its moments: tensors to read into, and then to give to `load_state`."""
+        tensors = {"num_steps": torch.zeros(3, dtype=torch.int64)}
+        for name, parameter in self.named.items():
+            moments = {key: torch.zeros_like(parameter.detach()) for key in ("exp_avg", "exp_avg_sq")}
+            moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            tensors |= {f"{name}/{key}": value for key, value in moments.items()}
+        return tensors
+
     def load_state(self, tensors: dict[str, Tensor]) -> None:
-        self.num_steps, self.num_skipped = tensors["num_steps"].tolist()
-        for name, master in self.masters.items():
-            master.copy_(tensors[f"{name}/master"])
+        """Go on from a saved state, whose tensors it takes over; parameters without moments in it never had a gradient."""
+        self.num_steps, self.num_skipped, self.skipped_in_a_row = tensors["num_steps"].tolist()
         self.adamw.state.clear()
-        for name, parameter in self.stepped.items():
+        for name, parameter in self.named.items():
             keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{name}/{key}" in tensors]
             if keys:
-                moments = {key: tensors[f"{name}/{key}"].to(parameter.device, copy=True) for key in keys}
-                self.adamw.state[parameter] = moments
+                self.adamw.state[parameter] = {key: tensors[f"{name}/{key}"] for key in keys}

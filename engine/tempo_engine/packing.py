@@ -2,14 +2,16 @@
 
 # Shape letters: N = packed tokens (prompts and responses), T = packed response tokens, S = sequences, S1 = S + 1,
 # TS = T + S values, BL = sequences padded on the right to a rectangle
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from tempo_kernels.segments import boundaries, ranges, segment_ids, segment_index, segment_lengths
 from torch import Tensor
 
+from tempo_engine import parallel
 from tempo_engine.rollout import Rollout
 
 
@@ -28,6 +30,10 @@ class PackedBatch:
 
     def __len__(self) -> int:
         return len(self.cu_seqlens_S1) - 1
+
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, for a file."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def length_S(self) -> Tensor:
@@ -86,17 +92,45 @@ class PackedBatch:
             self.sampler_logprob_T[segment_index(self.cu_responses_S1, rows)],
         )
 
-    def micro_batches(self, rows: Tensor, max_tokens: int) -> Iterator[Tensor]:
-        """Split `rows` so that each part padded to its longest sequence holds at most `max_tokens` tokens (or one sequence).
 
-        Longest first: memory peaks at once, not later, and neighbours have similar lengths.
-        """
-        order = rows[self.length_S[rows].argsort(descending=True, stable=True)]
-        start = 0
-        while start < len(order):
-            count = max(1, max_tokens // int(self.length_S[order[start]]))
-            yield order[start : start + count]
-            start += count
+class MicroBatch(NamedTuple):
+    """Rows of one forward and backward pass. Where `counts` is false, this rank has no rows left and computes along with the
+    others, on a row whose result must weigh nothing: gathering weights takes all ranks."""
+
+    rows: Tensor
+    counts: bool
+    is_last: bool
+
+
+def micro_batches(batch: PackedBatch, rows: Tensor | None, max_tokens: int, *, is_packed: bool) -> list[MicroBatch]:
+    """This rank's share of the chosen rows (None: all), in parts of at most `max_tokens` tokens (or one sequence).
+
+    Ranks get nearly equal numbers of tokens, and all of them the same number of parts. Longest first: memory peaks at once, not
+    later, and neighbours have similar lengths. What counts is each part padded to its longest sequence, unless `is_packed`.
+    """
+    rows = torch.arange(len(batch), device=batch.cu_seqlens_S1.device) if rows is None else rows
+    length = batch.length_S[rows].tolist()
+    parts = [_cut(share, length, max_tokens, is_packed) for share in parallel.divide(length)]
+    mine = parts[parallel.rank()]
+    rounds = max(map(len, parts), default=0)
+    idle = [[length.index(min(length))]] * (rounds - len(mine)) if length else []
+    return [
+        MicroBatch(rows[torch.tensor(part, device=rows.device)], i < len(mine), i == rounds - 1)
+        for i, part in enumerate([*mine, *idle])
+    ]
+
+
+def _cut(share: list[int], length: list[int], max_tokens: int, is_packed: bool) -> list[list[int]]:
+    parts: list[list[int]] = []
+    size = 0
+    for index in sorted(share, key=lambda i: -length[i]):
+        # The first of a part is its longest: what all are padded to.
+        size += length[index] if is_packed or not parts else length[parts[-1][0]]
+        if not parts or size > max_tokens:
+            parts.append([])
+            size = length[index]
+        parts[-1].append(index)
+    return parts
 
 
 def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> PackedBatch:

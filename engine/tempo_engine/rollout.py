@@ -1,6 +1,7 @@
 """The hand-off types between prompts, samplers and updates. Labels live in `Labelled` and nowhere else."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,3 +39,12 @@ class Rollout:
     version: int
     is_truncated: bool
     text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Rollout":
+        prompt = fields["prompt"]
+        whole: dict[str, Any] = fields | {"prompt": Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])})}
+        return Rollout(**whole)

@@ -11,16 +11,21 @@ from typing import Any
 
 from torch import Tensor
 
+from tempo_engine import parallel
+
 
 class Accumulator:
-    """Adds metrics over the micro-batches of a step, then averages over steps. Names ending in `_max` keep the largest."""
+    """Adds metrics over the micro-batches of a step and over ranks, then averages over steps. Names ending in `_max` keep the
+    largest."""
 
     def __init__(self) -> None:
         self._sum: dict[str, Tensor | float] = defaultdict(float)
         self._max: dict[str, Tensor | float] = {}
+        self._of_steps: dict[str, float] = defaultdict(float)
         self._steps = 0
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
+        """This rank's part of a step's metrics."""
         for name, value in metrics.items():
             if name.endswith("_max"):
                 self._max[name] = max(self._max.get(name, value), value)
@@ -28,13 +33,19 @@ class Accumulator:
                 self._sum[name] = self._sum[name] + value
 
     def end_step(self, metrics: Mapping[str, float]) -> None:
-        """Close an optimiser step, with metrics that exist once a step."""
-        self.add(metrics)
+        """Close an optimiser step, with metrics that exist once a step and are the same on every rank."""
+        for name, value in metrics.items():
+            if name.endswith("_max"):
+                self._max[name] = max(self._max.get(name, value), value)
+            else:
+                self._of_steps[name] += value
         self._steps += 1
 
     def means(self) -> dict[str, float]:
-        means = {name: float(value) / max(1, self._steps) for name, value in self._sum.items()}
-        return means | {name: float(value) for name, value in self._max.items()}
+        """All ranks must ask."""
+        sums, maxima = parallel.sum_metrics(self._sum, self._max)
+        steps = max(1, self._steps)
+        return {name: value / steps for name, value in (sums | self._of_steps).items()} | maxima
 
 
 class Clock:
@@ -63,21 +74,23 @@ class Clock:
 
 
 class MetricsFile:
-    """One JSON object a line. After a resume the file is cut back to where the checkpoint was taken, so no step appears twice."""
+    """One JSON object a line, written by the main rank. After a resume the file is cut back to where the checkpoint was taken, so
+    no step appears twice."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def write(self, row: Mapping[str, object]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(plain(row)) + "\n")
+        if parallel.is_main():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row)) + "\n")
 
     @property
     def size(self) -> int:
         return self.path.stat().st_size if self.path.exists() else 0
 
     def cut(self, size: int) -> None:
-        if self.path.exists():
+        if parallel.is_main() and self.path.exists():
             with self.path.open("r+b") as file:
                 file.truncate(min(size, self.size))
 

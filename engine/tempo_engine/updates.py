@@ -1,21 +1,24 @@
 """The two updates: fit the critic to outcomes, improve the policy along advantages; and the supervised one before them.
 
 Each splits its batch into minibatches (one optimiser step each) and these into micro-batches (one backward each). Weights are
-divided by counts over the whole minibatch, so the result does not depend on how rows were packed.
+divided by counts over the whole minibatch, so the result depends neither on how rows were packed nor on how many ranks share them.
 """
 
 # Shape letters: T = packed response tokens, S = sequences, TS = T + S values
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from tempo_kernels import effective_sample_size, policy_loss, token_weights, value_head_loss
-from tempo_kernels.policy_loss import PolicyLossKind
-from tempo_kernels.segments import segment_index
+from tempo_kernels.policy_loss import KLKind, PolicyLossKind
+from tempo_kernels.segments import segment_ids, segment_index, segment_sum
 from tempo_kernels.value_head import ValueClip, ValueLossKind
 from torch import Tensor
 
+from tempo_engine import parallel
+from tempo_engine.errors import NonFinite
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch
@@ -48,6 +51,10 @@ class PolicyUpdate:
     dual_clip: float | None = None
     aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
     entropy_coef: float = 0.0
+    kl_coef: float = 0.0
+    kl: KLKind = "k3"
+    importance: Literal["none", "token", "sequence"] = "none"
+    importance_cap: float = 2.0
 
 
 def minibatches(num_rows: int, parts: int, epochs: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -71,28 +78,40 @@ def fit_critic(
     generator = torch.Generator().manual_seed(seed)
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
         rows = rows.to(return_S.device)
-        for micro in batch.micro_batches(rows, how.micro_batch_tokens):
-            part = batch.select(micro)
-            values_per_sequence = part.response_length_S + 1
-            loss = value_head_loss(
-                critic.hidden(part),
-                critic.weight,
-                critic.bias,
-                return_S[micro].repeat_interleave(values_per_sequence),
-                (1.0 / (len(rows) * values_per_sequence)).repeat_interleave(values_per_sequence),
-                head=critic.head,
+        for micro in critic.policy.micro_batches(batch, rows, how.micro_batch_tokens):
+            part = batch.select(micro.rows)
+            values_S = part.response_length_S + 1
+            weight_S = micro.counts / (len(rows) * values_S)
+            index = segment_index(batch.cu_values_S1, micro.rows)
+
+            regress = partial(
+                value_head_loss,
+                return_N=return_S[micro.rows].repeat_interleave(values_S),
+                weight_N=weight_S.repeat_interleave(values_S),
+                head=critic.kind,
                 loss=how.loss,
                 clip=how.clip,
                 clip_range=how.clip_range,
-                old_value_N=None if old_value_TS is None else old_value_TS[segment_index(batch.cu_values_S1, micro)],
+                old_value_N=None if old_value_TS is None else old_value_TS[index],
                 cu_seqlens_S1=part.cu_values_S1,
                 value_range=how.target_range,
             )
+            parallel.will_sync(critic.scope, micro.is_last, critic.policy.sharding)
+            loss = critic.read(part, regress)
             loss.total.backward()
             metrics.add(loss.metrics)
             bins_3B = bins_3B + loss.bins_3B
-        metrics.end_step({"critic/grad_norm": optimizer.step()})
-    return critic_metrics(metrics.means(), bins_3B)
+        norm = take_step(optimizer, "critic", batch.select(rows), return_S=return_S[rows])
+        metrics.end_step({"critic/grad_norm": norm})
+    return critic_metrics(metrics.means(), parallel.add_up(bins_3B))
+
+
+def take_step(optimizer: Optimizer, what: str, batch: PackedBatch, **more: Tensor) -> float:
+    """One optimiser step on gradients of `batch`; returns their norm. Raises NonFinite when too many in a row were not finite."""
+    norm = optimizer.step()
+    if optimizer.skipped_in_a_row >= optimizer.max_skipped:
+        raise NonFinite(what, optimizer.skipped_in_a_row, batch.tensors() | more)
+    return norm
 
 
 def critic_metrics(means: dict[str, float], bins_3B: Tensor) -> dict[str, float]:
@@ -117,25 +136,28 @@ def improve_policy(
     how: PolicyUpdate,
     *,
     old_logprob_T: Tensor,
+    ref_logprob_T: Tensor | None = None,
     seed: int,
 ) -> dict[str, float]:
     """M-step: one or more optimiser steps along the advantages. Counts up the policy's version once."""
     metrics = Accumulator()
+    sampler_logprob_T = importance_denominator(batch, old_logprob_T, how.importance)
     generator = torch.Generator().manual_seed(seed)
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
         rows = rows.to(advantage_T.device)
         weights = token_weights(batch.select(rows).cu_responses_S1, how.aggregate)
         weight_T = torch.zeros_like(advantage_T)
         weight_T[segment_index(batch.cu_responses_S1, rows)] = weights
-        for micro in batch.micro_batches(rows, how.micro_batch_tokens):
-            part = batch.select(micro)
-            index = segment_index(batch.cu_responses_S1, micro)
+        for micro in policy.micro_batches(batch, rows, how.micro_batch_tokens):
+            part = batch.select(micro.rows)
+            index = segment_index(batch.cu_responses_S1, micro.rows)
+            parallel.will_sync(policy.scope, micro.is_last, policy.sharding)
             stats = policy.token_stats(part)
             loss = policy_loss(
                 stats.logprob_T,
                 old_logprob_T[index],
                 advantage_T[index],
-                weight_T[index],
+                weight_T[index] * micro.counts,
                 part.cu_responses_S1,
                 kind=how.loss,
                 clip_low=how.clip_low,
@@ -143,34 +165,50 @@ def improve_policy(
                 dual_clip=how.dual_clip,
                 entropy_T=stats.entropy_T,
                 entropy_coef=how.entropy_coef,
+                ref_logprob_T=None if ref_logprob_T is None else ref_logprob_T[index],
+                kl_coef=how.kl_coef,
+                kl=how.kl,
+                sampler_logprob_T=None if sampler_logprob_T is None else sampler_logprob_T[index],
+                importance_cap=None if sampler_logprob_T is None else how.importance_cap,
             )
             loss.total.backward()
             metrics.add(loss.metrics)
-        metrics.end_step({"actor/grad_norm": optimizer.step()})
+        given = {"advantage_T": advantage_T, "old_logprob_T": old_logprob_T}
+        index = segment_index(batch.cu_responses_S1, rows)
+        norm = take_step(optimizer, "policy", batch.select(rows), **{name: x[index] for name, x in given.items()})
+        metrics.end_step({"actor/grad_norm": norm})
     policy.version += 1
     means = metrics.means()
     ess = effective_sample_size(means)
     return {name: value for name, value in means.items() if not name.startswith("actor/ess_")} | {"actor/ess": ess}
 
 
+def importance_denominator(
+    batch: PackedBatch, old_logprob_T: Tensor, importance: Literal["none", "token", "sequence"]
+) -> Tensor | None:
+    """The log-probs l_T that make pi_old / exp(l_T) the importance ratio of each token, [T]; None without a correction.
+
+    token: those of the sampler. sequence: every token's ratio is the product of its response's ratios.
+    """
+    if importance == "none":
+        return None
+    if importance == "token":
+        return batch.sampler_logprob_T
+    log_ratio_S = segment_sum(old_logprob_T - batch.sampler_logprob_T, batch.cu_responses_S1)
+    return old_logprob_T - log_ratio_S[segment_ids(batch.cu_responses_S1)]
+
+
 def imitate(policy: Policy, optimizer: Optimizer, batch: PackedBatch, *, micro_batch_tokens: int) -> dict[str, float]:
     """Supervised cold start: one optimiser step on the mean negative log-likelihood of the response tokens."""
     metrics = Accumulator()
     num_tokens = int(batch.cu_responses_S1[-1])
-    for micro in batch.micro_batches(torch.arange(len(batch), device=policy.device), micro_batch_tokens):
-        stats = policy.token_stats(batch.select(micro))
-        loss = -stats.logprob_T.sum() / num_tokens
+    for micro in policy.micro_batches(batch, None, micro_batch_tokens):
+        parallel.will_sync(policy.scope, micro.is_last, policy.sharding)
+        stats = policy.token_stats(batch.select(micro.rows))
+        share = micro.counts / num_tokens
+        loss = -stats.logprob_T.sum() * share
         loss.backward()
-        metrics.add({"sft/loss": loss.detach(), "sft/accuracy": stats.is_top1_T.sum() / num_tokens})
-    metrics.end_step({"sft/grad_norm": optimizer.step()})
+        metrics.add({"sft/loss": loss.detach(), "sft/accuracy": stats.is_top1_T.sum() * share})
+    metrics.end_step({"sft/grad_norm": take_step(optimizer, "policy", batch)})
     policy.version += 1
     return metrics.means()
-
-
-@torch.no_grad()
-def token_logprobs(policy: Policy, batch: PackedBatch, max_tokens: int) -> Tensor:
-    """Log-probs of all response tokens under the policy as it is, [T] float32, computed in micro-batches."""
-    logprob_T = torch.empty_like(batch.sampler_logprob_T)
-    for rows in batch.micro_batches(torch.arange(len(batch), device=policy.device), max_tokens):
-        logprob_T[segment_index(batch.cu_responses_S1, rows)] = policy.token_stats(batch.select(rows)).logprob_T.float()
-    return logprob_T

@@ -4,12 +4,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from tempo_engine.checkpoint import restore_critic
+from tempo_engine import parallel
+from tempo_engine.adapters import Lora
+from tempo_engine.blocks import BlockOptions
 from tempo_engine.cursor import Cursor
 from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.evaluate import EvaluationSet
-from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm, require_model_directory
+from tempo_engine.export import restore_critic
+from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer, schedule_factor
+from tempo_engine.parallel import Sharding
 from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.tasks.answers import EXTRACTORS, Extract
@@ -20,6 +24,14 @@ from tempo_engine.tasks.sums import Sums
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
+from tempo_engine.weights import (
+    DTYPES,
+    blank_causal_lm,
+    create_causal_lm,
+    is_blank,
+    load_causal_lm,
+    require_model_directory,
+)
 
 from tempo_em.cold_start import ColdStart
 from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
@@ -50,7 +62,7 @@ def build(recipe: Recipe) -> Parts:
     """Load data, tokenizer and models and join them. Raises UserError with one sentence for anything that cannot work."""
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = parallel.start(timeout_minutes=recipe.parallel.timeout_minutes)
     for path in filter(None, (recipe.model.path, recipe.critic.path)):
         require_model_directory(path)
     datasets = load_datasets(recipe)
@@ -69,7 +81,7 @@ def build(recipe: Recipe) -> Parts:
     policy = _policy(recipe, tokenizer, device)
     critic = None
     if recipe.uses_critic:
-        critic = Critic(policy, backbone=recipe.critic.backbone, head=recipe.critic.head)
+        critic = Critic(policy, backbone=recipe.critic.backbone, kind=recipe.critic.head)
         if recipe.critic.path:
             restore_critic(critic, recipe.critic.path)
     sampler = LocalSampler(
@@ -87,6 +99,7 @@ def build(recipe: Recipe) -> Parts:
         recipe=recipe,
         policy=policy,
         critic=critic,
+        reference=policy.frozen_copy() if recipe.mstep.kl_coef else None,
         sampler=sampler,
         labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
         unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.seed}/unlabelled"),
@@ -182,10 +195,21 @@ def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
     return byte_tokenizer()
 
 
-def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
-    how = recipe.model
+def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
+    how, spread = recipe.model, recipe.parallel
+    sharding = Sharding(
+        compute=DTYPES[how.dtype],
+        replicas=spread.replicas,
+        reshard_after_forward=spread.reshard_after_forward,
+        accumulate=spread.accumulate,
+        offload=spread.offload,
+    )
+    lora = how.lora and Lora(rank=how.lora.rank, alpha=how.lora.alpha, targets=how.lora.targets, seed=recipe.seed)
+    blocks = BlockOptions(activation_checkpointing=how.activation_checkpointing, compile=how.compile, lora=lora)
+    options: dict[str, Any] = {"dtype": sharding.storage, "attention": how.attention}
     if how.path:
-        model = load_causal_lm(how.path, dtype=how.dtype, attention=how.attention)
+        open_model = blank_causal_lm if sharding.is_needed else load_causal_lm
+        model = open_model(how.path, **options)
     else:
         assert how.create is not None
         ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
@@ -194,7 +218,7 @@ def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
             raise UserError(
                 f"model.create.vocab_size is {config['vocab_size']}, the tokenizer has {len(tokenizer)} tokens; leave it out"
             )
-        model = create_causal_lm(config, dtype=how.dtype, attention=how.attention, seed=recipe.seed)
+        model = create_causal_lm(config, **options, seed=recipe.seed)
     limit = getattr(model.config, "max_position_embeddings", None)
     longest = recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens
     if limit is not None and longest > limit:
@@ -202,7 +226,14 @@ def _policy(recipe: Recipe, tokenizer: Any, device: str) -> Policy:
             f"rollout.max_prompt_tokens + max_new_tokens is {longest}, but the model takes {limit} positions; lower one of them"
         )
     try:
-        return Policy(model.to(device), temperature=recipe.rollout.temperature)  # pyright: ignore[reportArgumentType]
+        return Policy(
+            model if is_blank(model) else model.to(device),  # pyright: ignore[reportArgumentType]
+            temperature=recipe.rollout.temperature,
+            sharding=sharding,
+            blocks=blocks,
+            device=device,
+            weights=how.path if is_blank(model) else None,
+        )
     except RuntimeError as error:
         raise UserError(f"the model cannot run: {first_sentence(error)}; check the sizes in its config") from error
 
@@ -224,6 +255,7 @@ def _optimizer(parameters: Any, how: OptimRecipe, total_steps: int) -> Optimizer
         weight_decay=how.weight_decay,
         betas=how.betas,
         max_grad_norm=how.max_grad_norm,
+        max_skipped=how.max_skipped,
         factor=lambda step: schedule_factor(step, warmup=how.warmup_steps, schedule=how.schedule, total=total_steps),
     )
 
@@ -240,6 +272,10 @@ def _policy_update(recipe: Recipe) -> PolicyUpdate:
         dual_clip=how.dual_clip,
         aggregate=how.aggregate,
         entropy_coef=how.entropy_coef,
+        kl_coef=how.kl_coef,
+        kl=how.kl,
+        importance=how.importance,
+        importance_cap=how.importance_cap,
     )
 
 

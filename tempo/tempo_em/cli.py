@@ -1,4 +1,4 @@
-"""tempo-engine: train, eval, recipes, bench. Imports torch only inside the commands, so that --help is quick."""
+"""tempo-engine: train, eval, recipes, export, plan, bench. Imports torch only inside the commands, so that --help is quick."""
 
 import sys
 from pathlib import Path
@@ -38,11 +38,14 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and resolve the recipe, build its parts, print it, stop.")
     ] = False,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Processes on this machine, one a GPU; default 1.")
+    ] = None,
 ) -> None:
-    """Run a recipe from cold start to exported models."""
+    """Run a recipe from cold start to exported models. Under torchrun, this process is one of its ranks."""
     from tempo_em.commands import train_command
 
-    raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run))
+    raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run, nproc))
 
 
 @app.command(name="eval")
@@ -68,6 +71,38 @@ def recipes(
     from tempo_em.commands import recipes_command
 
     raise typer.Exit(recipes_command(copy))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
+    target: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/ and critic/.")],
+    step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
+) -> None:
+    """Write a checkpoint's policy and critic as Hugging Face models."""
+    from tempo_em.commands import export_command
+
+    raise typer.Exit(export_command(run, target, step))
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
+    settings: Settings = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(help="h100, h200, b200, mi300x, a100 or cpu; default: h100 for bfloat16, else cpu."),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="GPUs (processes) of one node; default 8, on a cpu 1.")
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes.")] = 1,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")] = None,
+) -> None:
+    """Predict memory and time of a run from its configs alone; exit code 1 when it does not fit, with what would."""
+    from tempo_em.commands import plan_command
+
+    raise typer.Exit(plan_command(recipe, settings or [], gpu, gpus, nodes, json_file))
 
 
 bench = typer.Typer(help="Measure: the kernels against other libraries' kernels.", no_args_is_help=True)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +17,10 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from rich.console import Console
-from tempo_engine.errors import Interrupted, UserError
+from tempo_engine.errors import Interrupted, NonFinite, UserError
 
 from tempo_em.console import evaluation_line, make_display, summary_table
+from tempo_em.launch import is_rank, launch, report_exit_code
 from tempo_em.loading import ResolvedRecipe, load_recipe, packaged_recipes
 from tempo_em.presets import PRESETS
 
@@ -30,26 +32,37 @@ def _exit_codes(command: Callable[P, int | None]) -> Callable[P, int]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> int:
         warnings.filterwarnings("ignore", module="transformers")
         logging.getLogger("transformers").setLevel(logging.ERROR)
+        code, message = 0, ""
         try:
-            return command(*args, **kwargs) or 0
+            code = command(*args, **kwargs) or 0
         except UserError as error:
-            print(f"tempo-engine: {error}", file=sys.stderr)
-            return 2
-        except Interrupted as interrupted:
-            print(f"tempo-engine: {interrupted}", file=sys.stderr)
-            return interrupted.code
+            code, message = 2, str(error)
+        except (Interrupted, NonFinite) as stop:
+            code, message = stop.code, " ".join([str(stop), *getattr(stop, "__notes__", ())])
+        if message and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # ranks of a machine fail alike
+            print(f"tempo-engine: {message}", file=sys.stderr, flush=True)
+        report_exit_code(code)
+        if code and is_rank() and os.environ.get("RANK") != "0":
+            time.sleep(3)  # the first rank to fail takes the others with it: let rank 0 speak first
+        return code
 
     return wrapped
 
 
 @_exit_codes
 def train_command(
-    recipe: str, settings: list[str], resume: str | None, run_dir: Path | None, start: Path | None, dry_run: bool
-) -> None:
+    recipe: str,
+    settings: list[str],
+    resume: str | None,
+    run_dir: Path | None,
+    start: Path | None,
+    dry_run: bool,
+    nproc: int | None = None,
+) -> int | None:
     resolved = load_recipe(recipe, settings)
     if dry_run:
         _dry_run(resolved)
-        return
+        return None
     if resume not in (None, "auto"):
         if run_dir is not None and run_dir != Path(resume):
             raise UserError(f"--resume {resume} and --run-dir {run_dir} name two folders; give one")
@@ -58,16 +71,30 @@ def train_command(
     run_dir = run_dir or Path("runs") / f"{resolved.name}-{r.method}-seed{r.seed}"
     if resume not in (None, "auto") and not (run_dir / "recipe.yaml").is_file():
         raise UserError(f"--resume {resume}: that is no run folder, it has no recipe.yaml")
-    from tempo_em.train import Training  # imports torch: a mistake in the recipe is answered before that
+    if nproc is not None and not is_rank():
+        return launch(nproc, sys.argv[1:])
+    from tempo_engine import parallel  # imports torch: a mistake in the recipe is answered before that
+
+    from tempo_em.train import Training
 
     training = Training(resolved, run_dir, make_display(), resume=resume is not None, start_from=start)
     summary = training.run()
-    console = Console()
-    console.print(summary_table(summary["stages"]))
-    console.print(f"curves, summary, samples and models are in {run_dir}", soft_wrap=True)
+    if parallel.is_main():
+        console = Console()
+        console.print(summary_table(summary["stages"]))
+        console.print(f"curves, summary, samples and models are in {run_dir}", soft_wrap=True)
+    parallel.stop()
+    return None
 
 
 def _dry_run(resolved: ResolvedRecipe) -> None:
+    from tempo_em.plan.preflight import before_training
+
+    if missing := before_training(resolved.recipe):
+        print(resolved.to_yaml(), end="")
+        print("".join(f"# before training: {what}\n" for what in missing), end="")
+        print("# the recipe itself is fine; `tempo-engine plan` says what it needs of a machine; nothing was written")
+        return
     from tempo_em.build import build
 
     parts = build(resolved.recipe)
@@ -129,10 +156,10 @@ def recipes_command(copy: str | None) -> None:
     if copy is None:
         print("recipes:")
         for name, text in packaged.items():
-            print(f"  {name:14} {text.splitlines()[0].lstrip('# ')}")
+            print(f"  {name:18} {text.splitlines()[0].lstrip('# ')}")
         print("methods (method: NAME in a recipe, or --set method=NAME):")
         for name, (description, _) in PRESETS.items():
-            print(f"  {name:14} {description}")
+            print(f"  {name:18} {description}")
         return
     if copy not in packaged:
         raise UserError(f"there is no packaged recipe {copy!r}; recipes: {', '.join(packaged)}")
@@ -159,3 +186,20 @@ def bench_kernels_command(
         else bench_kernels(cases, quick=quick, json_file=json_file)
     )
     return 0 if is_well else 1
+
+
+@_exit_codes
+def export_command(run_dir: Path, target: Path, step: int | None) -> None:
+    from tempo_em.export import export_run
+
+    for folder in export_run(run_dir, target, step):
+        print(f"wrote {folder}")
+
+
+@_exit_codes
+def plan_command(
+    recipe: str, settings: list[str], gpu: str | None, gpus: int | None, nodes: int, json_file: Path | None
+) -> int:
+    from tempo_em.plan.command import plan_recipe
+
+    return 0 if plan_recipe(recipe, settings, gpu, gpus, nodes, json_file) else 1

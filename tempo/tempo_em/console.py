@@ -105,6 +105,25 @@ class PlainDisplay:
         pass
 
 
+class Silence:
+    """For ranks that do not speak."""
+
+    def begin(self, stage: str, done: int, total: int) -> None:
+        pass
+
+    def phase(self, name: str) -> None:
+        pass
+
+    def advance(self, stage: str, iteration: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def make_display() -> Display:
     console = Console()
     return LiveDisplay(console) if console.is_terminal else PlainDisplay()

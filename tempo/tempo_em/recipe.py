@@ -19,6 +19,16 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class LoraRecipe(Strict):
+    """Low-rank adapters (peft) on the linear layers of the blocks: policy and critic train these instead of their weights."""
+
+    rank: Positive = 16
+    alpha: float = Field(default=32.0, gt=0, description="adapters are scaled by alpha / rank")
+    targets: Literal["all-linear"] | tuple[str, ...] = Field(
+        default="all-linear", description="all-linear, or names of layers such as [q_proj, v_proj]"
+    )
+
+
 class ModelRecipe(Strict):
     """The policy: a Hugging Face directory, or a config to create a fresh model from."""
 
@@ -26,8 +36,15 @@ class ModelRecipe(Strict):
     create: dict[str, Any] | None = Field(
         default=None, description="transformers config with model_type, for a fresh model"
     )
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    dtype: Literal["float32", "bfloat16", "float64"] = Field(
+        default="float32", description="precision of the computation; with bfloat16 weights are kept in float32"
+    )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
+    activation_checkpointing: Literal["off", "selective", "full"] = Field(
+        default="off", description="what the backward computes again: nothing, all but matrix products, whole blocks"
+    )
+    compile: bool = Field(default=False, description="torch.compile of the blocks")
+    lora: LoraRecipe | None = None
 
     @model_validator(mode="after")
     def one_origin(self) -> "ModelRecipe":
@@ -51,6 +68,24 @@ class OptimRecipe(Strict):
     weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    max_skipped: Positive = Field(
+        default=3, description="so many non-finite gradients in a row stop the run with exit code 3"
+    )
+
+
+class ParallelRecipe(Strict):
+    """How models are spread over processes (FSDP2). One process needs none of it."""
+
+    replicas: Positive = Field(
+        default=1, description="copies of the sharded model (HSDP): its shards lie within world size / replicas"
+    )
+    reshard_after_forward: bool = Field(default=True, description="free gathered weights between forward and backward")
+    accumulate: Literal["whole", "sharded"] = Field(
+        default="whole",
+        description="gradients between micro-batches: whole (communicate once a step) or sharded (less memory)",
+    )
+    offload: bool = Field(default=False, description="keep shards in host memory while they are not used")
+    timeout_minutes: Positive = Field(default=30, description="a rank that waits longer for the others gives up")
 
 
 class CriticRecipe(Strict):
@@ -221,6 +256,12 @@ class MStepRecipe(Strict):
     normalise: Literal["whiten", "whiten_per_population", "scale_per_population", "group_std", "none"] = (
         "whiten_per_population"
     )
+    kl_coef: float = Field(default=0.0, ge=0, description="weight of KL(policy || reference); 0: no reference model")
+    kl: Literal["k1", "k3"] = "k3"
+    importance: Literal["none", "token", "sequence"] = Field(
+        default="none", description="truncated correction for what sampler and trainer disagree on, or for staleness"
+    )
+    importance_cap: float = Field(default=2.0, gt=0)
     epochs: Positive = 1
     minibatches: Positive = 2
     old_logprob: Literal["trainer", "sampler"] = Field(
@@ -239,6 +280,7 @@ class EvaluationRecipe(Strict):
 class CheckpointRecipe(Strict):
     every: Count = Field(default=20, description="iterations between checkpoints; 0: only at the end of a stage")
     keep: Positive = 2
+    asynchronous: bool = Field(default=False, description="write while the run goes on, from a copy in host memory")
     export: bool = Field(default=True, description="export policy and critic in Hugging Face format at the end")
 
 
@@ -251,6 +293,7 @@ class Recipe(Strict):
     micro_batch_tokens: Positive = Field(
         default=16384, description="tokens, padding included, of one forward and backward pass"
     )
+    parallel: ParallelRecipe = ParallelRecipe()
     model: ModelRecipe
     critic: CriticRecipe = CriticRecipe()
     data: DataRecipe

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
 from tempo_engine.metrics import auroc
 from tempo_engine.model import Critic, Policy
@@ -17,13 +18,14 @@ from tempo_engine.rollout import Labelled, Prompt, Rollout
 from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract, score
 from tempo_engine.tracking import Clock
-from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy, token_logprobs
+from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
 from tempo_kernels import advantage, group_advantage, split_values, whiten
 from tempo_kernels.segments import segment_ids
 from torch import Tensor
 
 from tempo_em import posteriors
 from tempo_em.recipe import Recipe
+from tempo_em.waiting import Sampled, Waiting
 
 # Refilling after filtered groups stops here: a labelled set without signal must not hang the run.
 MAX_REFILLS = 10
@@ -56,6 +58,7 @@ class EMLoop:
     recipe: Recipe
     policy: Policy
     critic: Critic | None
+    reference: Policy | None
     sampler: Sampler
     labelled: Cursor[Labelled]
     unlabelled: Cursor[Prompt]
@@ -66,18 +69,18 @@ class EMLoop:
     policy_update: PolicyUpdate
     critic_update: CriticUpdate
     clock: Clock
+    waiting: Waiting | None = None
 
     def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
         """One EM iteration: sample, recalibrate the critic (E), refine the policy (M), hand the new weights to the sampler."""
         key = f"{stage.name}/{iteration}"
         recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
-        sampled_before = self.sampler.num_responses, self.sampler.num_tokens
         with self.clock.time("rollout"):
-            labelled, reward_S, accuracy = self.sample_labelled(stage, key)
-            unlabelled = self.sample_unlabelled(stage, key)
-        metrics = rollout_metrics(labelled, unlabelled) | ({} if accuracy is None else {"critic/score/mean": accuracy})
-        metrics["rollout/responses"] = self.sampler.num_responses - sampled_before[0]
-        metrics["tokens/generated"] = self.sampler.num_tokens - sampled_before[1]
+            sampled = self.sample(stage, key)
+        labelled, unlabelled, reward_S = sampled.labelled, sampled.unlabelled, torch.tensor(sampled.rewards)
+        metrics = rollout_metrics(labelled, unlabelled)
+        metrics |= {} if sampled.accuracy is None else {"critic/score/mean": sampled.accuracy}
+        metrics |= {"rollout/responses": sampled.num_responses, "tokens/generated": sampled.num_tokens}
         if recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
         if stage.improves_policy:
@@ -87,8 +90,28 @@ class EMLoop:
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
 
-    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], Tensor, float | None]:
-        """Fresh responses to labelled prompts, their verified rewards in {0, 1}, [S], and the accuracy of all that were sampled.
+    def sample(self, stage: Stage, key: str) -> Sampled:
+        """Fresh rollouts from the current policy; or those that a killed run had sampled from it for this very occasion."""
+        sampled = self.waiting and self.waiting.take(key, self.policy.version)
+        if sampled:
+            self.labelled.position, self.unlabelled.position = (
+                sampled.cursors["labelled"],
+                sampled.cursors["unlabelled"],
+            )
+            return sampled
+
+        def fresh() -> Sampled:
+            before = self.sampler.num_responses, self.sampler.num_tokens
+            labelled, rewards, accuracy = self.sample_labelled(stage, key)
+            unlabelled = self.sample_unlabelled(stage, key)
+            counts = self.sampler.num_responses - before[0], self.sampler.num_tokens - before[1]
+            cursors = {"labelled": self.labelled.position, "unlabelled": self.unlabelled.position}
+            return Sampled(labelled, rewards, accuracy, unlabelled, *counts, cursors)
+
+        return self.waiting.keep(key, self.policy.version, fresh) if self.waiting else fresh()
+
+    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], list[float], float | None]:
+        """Fresh responses to labelled prompts, their verified rewards in {0, 1}, and the accuracy of all that were sampled.
 
         With the filter, groups without signal are left out and replaced; the accuracy counts them, or its fall would not show.
         """
@@ -99,21 +122,25 @@ class EMLoop:
         for refill in range(MAX_REFILLS if num_groups else 0):
             items = self.labelled.next(num_groups)
             fresh = self.sampler.sample([item.prompt for item in items], group_size, key=f"{key}/labelled/{refill}")
-            answers = [item.answers for item in items for _ in range(group_size)]
+            fresh_rewards = self.verify(fresh, [item.answers for item in items for _ in range(group_size)])
             for start in range(0, len(fresh), group_size):
                 group = slice(start, start + group_size)
-                group_rewards = [
-                    score(self.extract_labelled, r.text, a) for r, a in zip(fresh[group], answers[group], strict=True)
-                ]
-                all_rewards += group_rewards
-                if self.recipe.estep.filter == "none" or len(set(group_rewards)) > 1:
+                all_rewards += fresh_rewards[group]
+                if self.recipe.estep.filter == "none" or len(set(fresh_rewards[group])) > 1:
                     rollouts += fresh[group]
-                    rewards += group_rewards
+                    rewards += fresh_rewards[group]
             if len(rollouts) >= num_groups * group_size:
                 break
         wanted = num_groups * group_size
         accuracy = sum(all_rewards) / len(all_rewards) if all_rewards else None
-        return rollouts[:wanted], torch.tensor(rewards[:wanted]), accuracy
+        return rollouts[:wanted], rewards[:wanted], accuracy
+
+    def verify(self, rollouts: list[Rollout], answers: list[frozenset[str]]) -> list[float]:
+        """1.0 for each right response, 0.0 for each wrong one."""
+        return parallel.together(
+            [len(r.response_ids) for r in rollouts],
+            lambda mine: [score(self.extract_labelled, rollouts[i].text, answers[i]) for i in mine],
+        )
 
     def sample_unlabelled(self, stage: Stage, key: str) -> list[Rollout]:
         num_groups = self.recipe.groups(stage.labelled_share)[1]
@@ -158,9 +185,9 @@ class EMLoop:
         is_labelled_S = torch.arange(len(batch), device=self.policy.device) >= len(unlabelled)
         advantage_T, metrics = advantages(stage, outcome_S, value_TS, batch, group_S, is_labelled_S)
         with self.clock.time("m_step"):
-            old_logprob_T = batch.sampler_logprob_T
+            old_logprob_T, budget = batch.sampler_logprob_T, self.recipe.micro_batch_tokens
             if self.recipe.mstep.old_logprob == "trainer":
-                old_logprob_T = token_logprobs(self.policy, batch, self.recipe.micro_batch_tokens)
+                old_logprob_T = self.policy.token_logprobs(batch, budget)
                 metrics["rollout/logprob_diff_max"] = float((old_logprob_T - batch.sampler_logprob_T).abs().max())
             metrics |= improve_policy(
                 self.policy,
@@ -169,6 +196,7 @@ class EMLoop:
                 advantage_T,
                 self.policy_update,
                 old_logprob_T=old_logprob_T,
+                ref_logprob_T=self.reference.token_logprobs(batch, budget) if self.reference else None,
                 seed=self.seed(key, "policy"),
             )
         return metrics | {

@@ -1,34 +1,30 @@
 """A run from its first to its last iteration: stages, evaluations, checkpoints, the run folder. Resumable at every iteration."""
 
 import json
-import platform
 import signal
-import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from tempo_engine import checkpoint
-from tempo_engine.errors import Interrupted, UserError
+from safetensors.torch import save_file
+from tempo_engine import checkpoint, export, parallel
+from tempo_engine.checkpoint import Checkpoints
+from tempo_engine.errors import Interrupted, NonFinite, UserError
 from tempo_engine.evaluate import evaluate
+from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
+from tempo_engine.weights import copy_weights
 
 from tempo_em.build import Parts, build
-from tempo_em.console import Display, evaluation_line
+from tempo_em.console import Display, Silence, evaluation_line
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
-from tempo_em.recipe import Recipe
+from tempo_em.run_folder import Lock, begin_folder, check_start, may_resume
 from tempo_em.schedule import Stage
-
-# Settings that change neither weights nor data: a resumed run may differ in them.
-RESUME_MAY_CHANGE = ("checkpoint.", "evaluation.every")
-# What happens before the EM loop: runs that start from the same point agree in these.
-START_MUST_SHARE = ("seed", "model.", "critic.", "data.", "rollout.", "cold_start.", "initialisation.")
+from tempo_em.waiting import Waiting
 
 
 class Training:
@@ -42,12 +38,18 @@ class Training:
         self, resolved: ResolvedRecipe, run_dir: Path, display: Display, *, resume: bool, start_from: Path | None = None
     ) -> None:
         self.resolved, self.recipe = resolved, resolved.recipe
-        self.run_dir, self.display = run_dir, display
-        saved = self._open(resume)
-        resumes = saved is not None
+        parallel.start(timeout_minutes=self.recipe.parallel.timeout_minutes)
+        self.run_dir, self.display = run_dir, display if parallel.is_main() else Silence()
+        resumes = may_resume(self.recipe, run_dir, resume=resume)
+        if start_from and not resumes:
+            check_start(self.recipe, start_from)
+        self.lock = Lock(run_dir)
+        if resumes:
+            self.lock.take()
         self.parts: Parts = build(self.recipe)
         self.loop = self.parts.loop
-        self.loop.clock.on_phase = display.phase
+        self.loop.clock.on_phase = self.display.phase
+        self.loop.waiting = Waiting(run_dir / "rollouts.json")
         self.stage, self.iteration, self.step = 0, 0, 0
         self.evaluations: dict[str, dict[str, dict[str, float]]] = {}
         self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
@@ -55,37 +57,26 @@ class Training:
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.samples = MetricsFile(run_dir / "samples.jsonl")
         self.interrupt: int | None = None
+        self.interrupted_at = 0.0
         self.stages: list[tuple[str, int, Callable[[int], dict[str, float]]]] = []
         if self.parts.cold_start:
             self.stages.append(("cold_start", self.parts.cold_start.iterations, self.parts.cold_start.iterate))
         self.stages += [(stage.name, stage.iterations, _bind(self.loop.iterate, stage)) for stage in self.parts.stages]
-        if not resumes and start_from:
-            _check_same_recipe(self.recipe, start_from, lambda path: path.startswith(START_MUST_SHARE))
-            saved = checkpoint.load_newest(start_from / "start", display.note)
-        if saved:
-            self._restore(*saved[:2])
-            display.note(f"{'resuming' if resumes else 'starting'} from {saved[2]}")
-        if not resumes:
-            self._write_folder()
-
-    def _open(self, resume: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any], Path] | None:
-        """The newest checkpoint of a run to resume; None where there is nothing to resume yet.
-
-        Raises UserError when the folder is in use and nobody asked to resume, or belongs to another recipe.
-        """
-        if self.run_dir.exists() and not self.run_dir.is_dir():
-            raise UserError(f"the run folder {self.run_dir} is a file; choose another --run-dir")
-        is_empty = not self.run_dir.exists() or not any(self.run_dir.iterdir())
-        if not is_empty and not resume:
-            raise UserError(
-                f"the run folder {self.run_dir} is not empty; add --resume to go on with it, or choose another --run-dir"
-            )
-        if is_empty:
-            return None
-        _check_same_recipe(self.recipe, self.run_dir, lambda path: not path.startswith(RESUME_MAY_CHANGE))
-        if checkpoint.list_checkpoints(self.run_dir / "checkpoints"):
-            return checkpoint.load_newest(self.run_dir / "checkpoints", self.display.note)
-        return None  # killed before its first checkpoint: it begins again
+        folder, how = run_dir / "checkpoints", self.recipe.checkpoint
+        source = folder if resumes else start_from and start_from / "start"
+        if source:
+            saved = checkpoint.newest(source, self.display.note)
+            self._restore(saved)
+            self.display.note(f"{'resuming' if resumes else 'starting'} from {saved}")
+        if resumes:
+            self.loop.waiting.find()
+        else:
+            self.lock.take()
+            if parallel.is_main():
+                begin_folder(resolved, run_dir, self.loop.policy.device)
+                export.save_skeleton(self.loop.policy, self.parts.tokenizer, run_dir / "model")
+            parallel.wait_for_all()
+        self.checkpoints = Checkpoints(folder, keep=how.keep, asynchronous=how.asynchronous)
 
     def run(self) -> dict[str, Any]:
         """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
@@ -97,17 +88,35 @@ class Training:
                 self.display.begin(name, self.iteration, iterations)
                 while self.iteration < iterations:
                     self._one_iteration(name, iterations, iterate)
-                if name == "cold_start" and self.loop.critic:
-                    self.loop.critic.copy_trunk(self.loop.policy)
+                if name == "cold_start":
+                    self._begin_from_cold_start()
                 self.stage, self.iteration = self.stage + 1, 0
                 if iterations:
                     self._save()
             self._evaluate("final")
+            self.checkpoints.finish()
             return self._finish()
+        except NonFinite as stop:
+            self._keep_batch(stop)
+            raise
         finally:
+            self.lock.release()
             self.display.close()
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+    def _begin_from_cold_start(self) -> None:
+        """What was copied from the untrained policy is copied again from the one that reinforcement begins with."""
+        if self.loop.critic:
+            self.loop.critic.copy_trunk()
+        if self.loop.reference:
+            copy_weights(self.loop.reference.model, self.loop.policy.model)
+
+    def _keep_batch(self, stop: NonFinite) -> None:
+        if parallel.is_main():
+            path = self.run_dir / f"nonfinite-{self.step}.safetensors"
+            save_file({name: x.cpu().contiguous() for name, x in stop.batch.items()}, path)
+            stop.add_note(f"their last batch is in {path}")
 
     def _one_iteration(self, name: str, iterations: int, iterate: Callable[[int], dict[str, float]]) -> None:
         every = self.recipe.evaluation.every
@@ -131,13 +140,16 @@ class Training:
         saves = self.recipe.checkpoint.every and self.iteration % self.recipe.checkpoint.every == 0
         if saves and self.iteration < iterations:
             self._save()
+        self.checkpoints.poll()
         self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
         """After a signal: save and stop. What was not finished, an evaluation say, is done again by the resumed run."""
-        if self.interrupt is not None:
+        asked = int(parallel.largest(self.interrupt or 0))  # of any rank
+        if asked:
             self._save()
-            raise Interrupted(self.interrupt, self.run_dir)
+            self.checkpoints.finish()
+            raise Interrupted(asked, self.run_dir)
 
     def _evaluate_at_start(self, stage: str) -> None:
         """`base` is the policy before any reinforcement, `start` the one the EM loop begins with."""
@@ -199,43 +211,46 @@ class Training:
         self.tokens["trained"] += int(sum(v for k, v in metrics.items() if k.startswith("tokens/trained")))
 
     def _on_signal(self, number: int, frame: object) -> None:
-        if self.interrupt is not None:  # the second one means it
-            raise KeyboardInterrupt
-        self.interrupt = number
+        if self.interrupt is not None:
+            # A second Ctrl-C means it. Launchers send the same signal twice: to the group, and once more to each rank.
+            if number == signal.SIGINT and time.monotonic() - self.interrupted_at > 1.0:
+                raise KeyboardInterrupt
+            return
+        self.interrupt, self.interrupted_at = number, time.monotonic()
         self.display.note(
             f"{signal.Signals(number).name}: finishing this iteration, then saving (again to stop at once)"
         )
 
-    def _write_folder(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for leftover in (self.metrics, self.samples):
-            leftover.path.unlink(missing_ok=True)
-        (self.run_dir / "recipe.yaml").write_text(self.resolved.to_yaml(), encoding="utf-8")
-        packages = {name: version(name) for name in ("tempo-engine", "torch", "transformers", "safetensors", "numpy")}
-        environment = {
-            "argv": sys.argv[1:], "python": platform.python_version(), "platform": platform.platform(), **packages,
-            "device": str(self.loop.policy.device), "threads": torch.get_num_threads(),
-        }  # fmt: skip
-        (self.run_dir / "environment.json").write_text(json.dumps(environment, indent=1), encoding="utf-8")
-
     def _tensors(self) -> dict[str, torch.Tensor]:
-        loop, tensors = self.loop, {}
-        named: dict[str, dict[str, Any]] = {
-            "policy": dict(loop.policy.parameters()),
-            "policy_optimizer": loop.policy_optimizer.state(),
-        }
-        if loop.critic and loop.critic_optimizer:
-            named |= {"critic": dict(loop.critic.parameters()), "critic_optimizer": loop.critic_optimizer.state()}
-        if self.parts.cold_start and self.stages[min(self.stage, len(self.stages) - 1)][0] == "cold_start":
-            named["cold_start_optimizer"] = self.parts.cold_start.optimizer.state()
-        for owner, values in named.items():
-            tensors |= {f"{owner}/{name}": value for name, value in values.items()}
+        """Everything of the run that is a tensor, by name."""
+        tensors = {f"{owner}/{name}": p.detach() for owner, named in self._weights().items() for name, p in named}
+        for owner, optimizer in self._optimizers().items():
+            tensors |= {f"{owner}/{name}": value for name, value in optimizer.state().items()}
         return tensors
+
+    def _weights(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+        loop = self.loop
+        weights = {"policy": loop.policy.parameters()}
+        if loop.critic:
+            weights["critic"] = loop.critic.parameters()
+        if loop.reference:  # frozen, but not what any file says: it may have been copied after the cold start
+            trained = dict(loop.policy.parameters())
+            named = loop.reference.model.named_parameters()
+            weights["reference"] = [(name, p) for name, p in named if name in trained]
+        return weights
+
+    def _optimizers(self) -> dict[str, Optimizer]:
+        loop = self.loop
+        optimizers = {"policy_optimizer": loop.policy_optimizer}
+        if loop.critic_optimizer:
+            optimizers["critic_optimizer"] = loop.critic_optimizer
+        if self.parts.cold_start and self.stage == 0:
+            optimizers["cold_start_optimizer"] = self.parts.cold_start.optimizer
+        return optimizers
 
     def _save(self) -> None:
         with self.loop.clock.time("checkpoint"):
-            folder = self.run_dir / "checkpoints"
-            checkpoint.save(folder, self.step, self._tensors(), self._state(), keep=self.recipe.checkpoint.keep)
+            self.checkpoints.save(self.step, self._tensors(), self._state())
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -256,26 +271,22 @@ class Training:
         total, earlier = self.loop.clock.total, self.earlier_seconds
         return {phase: total.get(phase, 0.0) + earlier.get(phase, 0.0) for phase in {**earlier, **total}}
 
-    def _restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
-        loop = self.loop
+    def _restore(self, saved: Path) -> None:
+        loop, state = self.loop, checkpoint.read_state(saved)
         self.stage, self.iteration, self.step = state["stage"], state["iteration"], state["step"]
         self.evaluations, self.tokens, self.earlier_seconds = state["evaluations"], state["tokens"], state["seconds"]
         loop.labelled.position, loop.unlabelled.position = state["cursors"]["labelled"], state["cursors"]["unlabelled"]
         loop.policy.version = state["policy_version"]
-        owners = {"policy": loop.policy.parameters(), "critic": loop.critic.parameters() if loop.critic else []}
-        with torch.no_grad():
-            for owner, parameters in owners.items():
-                for name, parameter in parameters:
-                    if f"{owner}/{name}" not in tensors:
-                        raise UserError(f"the saved state has no {owner}; start from a run of a method that has one")
-                    parameter.copy_(tensors[f"{owner}/{name}"])
-        optimizers = {"policy_optimizer": loop.policy_optimizer, "critic_optimizer": loop.critic_optimizer}
-        if self.parts.cold_start:
-            optimizers["cold_start_optimizer"] = self.parts.cold_start.optimizer
-        for owner, optimizer in optimizers.items():
-            own = {name.removeprefix(f"{owner}/"): t for name, t in tensors.items() if name.startswith(f"{owner}/")}
-            if optimizer and own:
-                optimizer.load_state(own)
+        weights = {f"{owner}/{name}": p for owner, named in self._weights().items() for name, p in named}
+        missing = weights.keys() - checkpoint.load_tensors(saved, dict(weights))
+        if missing:
+            owner = min(missing).split("/")[0]
+            raise UserError(f"the saved state has no {owner}; start from a run of a method that has one")
+        for owner, optimizer in self._optimizers().items():
+            into = {f"{owner}/{name}": tensor for name, tensor in optimizer.blank_state().items()}
+            filled = checkpoint.load_tensors(saved, into)
+            if filled:
+                optimizer.load_state({name.removeprefix(f"{owner}/"): into[name] for name in filled})
         loop.sampler.load(loop.policy)
         self.metrics.cut(state["metrics_size"])
         self.samples.cut(state["samples_size"])
@@ -288,15 +299,19 @@ class Training:
             "stages": named, "seconds": self._seconds(), "tokens": self.tokens,
         }  # fmt: skip
         if self.recipe.checkpoint.export:
-            checkpoint.export_policy(self.loop.policy, self.parts.tokenizer, self.run_dir / "policy")
+            export.export_policy(self.loop.policy, self.parts.tokenizer, self.run_dir / "policy")
             if self.loop.critic:
-                checkpoint.export_critic(self.loop.critic, self.parts.tokenizer, self.run_dir / "critic")
+                export.export_critic(self.loop.critic, self.parts.tokenizer, self.run_dir / "critic")
+        if parallel.is_main():
+            self._publish(summary)
+        return summary
+
+    def _publish(self, summary: dict[str, Any]) -> None:
         plot_run(self.metrics.rows(), self.run_dir / "curves.png", title=f"{self.resolved.name}: {self.recipe.method}")
         # Last, and in one piece: a run with a summary is a finished run.
         temporary = self.run_dir / ".summary.json"
         temporary.write_text(json.dumps(plain(summary), indent=1), encoding="utf-8")
         temporary.replace(self.run_dir / "summary.json")
-        return summary
 
 
 def _bind(iterate: Callable[[Stage, int], dict[str, float]], stage: Stage) -> Callable[[int], dict[str, float]]:
@@ -307,24 +322,3 @@ def _verl_name(set_name: str, metric: str) -> str:
     """verl's names for evaluation metrics, so that its dashboards find them."""
     is_core = metric.startswith(("mean@", "maj@", "pass@"))
     return f"val-core/{set_name}/acc/{metric}" if is_core else f"val-aux/{set_name}/{metric}"
-
-
-def _check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], bool]) -> None:
-    """Raises UserError naming the first setting that matters and differs from the run's."""
-    file = run_dir / "recipe.yaml"
-    if not file.is_file():
-        raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml")
-    saved = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    wanted = _flat(recipe.model_dump(mode="json"))
-    for path in sorted({*saved, *wanted}):
-        before, now = saved.get(path), wanted.get(path)
-        if before != now and matters(path):
-            raise UserError(
-                f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; make them agree"
-            )
-
-
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {k: v for key, item in value.items() for k, v in _flat(item, f"{prefix}{key}.").items()}

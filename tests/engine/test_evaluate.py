@@ -56,12 +56,12 @@ def test_accuracy_and_diversity_by_hand() -> None:
 def test_terminal_values_become_probabilities_on_either_scale(
     make_policy: MakePolicy, make_rollouts: MakeRollouts
 ) -> None:
-    critic = Critic(make_policy(), backbone="separate", head="linear")
-    critic.bias.data.fill_(0.5)
+    critic = Critic(make_policy(), backbone="separate", kind="linear")
+    critic.head.bias.data.fill_(0.5)
     rollouts = make_rollouts([(2, 3), (4, 1)])
     assert terminal_probabilities(critic, (0.0, 1.0), rollouts, 64).tolist() == [0.5, 0.5]
     assert terminal_probabilities(critic, (-1.0, 1.0), rollouts, 64).tolist() == [0.75, 0.75]
-    critic.bias.data.fill_(-3.0)
+    critic.head.bias.data.fill_(-3.0)
     assert terminal_probabilities(critic, (0.0, 1.0), rollouts, 64).tolist() == [0.0, 0.0]
 
 
@@ -75,7 +75,7 @@ def test_a_critic_that_promises_too_much_is_over_valued() -> None:
 
 def test_evaluation_changes_no_weight(make_policy: MakePolicy) -> None:
     policy = make_policy()
-    critic = Critic(policy, backbone="separate", head="linear")
+    critic = Critic(policy, backbone="separate", kind="linear")
     before = [p.detach().clone() for _, p in [*policy.parameters(), *critic.parameters()]]
     sampler = Recorded([["7"] * 2])
     evaluate(sampler, critic, (0.0, 1.0), evaluation_set("7"), num_samples=2, micro_batch_tokens=64, key="k")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tempo_engine.errors import UserError
-from tempo_engine.model import Critic, Policy, create_causal_lm, load_causal_lm
+from tempo_engine.model import Critic, Policy
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.weights import create_causal_lm, load_causal_lm
 from tempo_kernels import value_head
 
 MakePolicy = Callable[..., Policy]
@@ -17,10 +18,10 @@ LENGTHS = [(3, 4), (1, 1), (5, 9), (2, 6)]
 
 
 def critic_of(policy: Policy, backbone: Any = "separate") -> Critic:
-    critic = Critic(policy, backbone=backbone, head="linear")
+    critic = Critic(policy, backbone=backbone, kind="linear")
     torch.manual_seed(3)
-    critic.weight.data.normal_()
-    critic.bias.data.fill_(0.3)
+    critic.head.weight.data.normal_()
+    critic.head.bias.data.fill_(0.3)
     return critic
 
 
@@ -75,7 +76,7 @@ def test_a_value_depends_only_on_the_tokens_before_it(make_policy: MakePolicy, p
 def test_values_are_float32_even_for_a_bfloat16_model(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
     policy = make_policy(dtype="bfloat16")
     critic = critic_of(policy)
-    assert critic.weight.dtype == torch.float32
+    assert critic.head.weight.dtype == torch.float32
     assert critic.values(pack(make_rollouts(LENGTHS)), 10_000).dtype == torch.float32
 
 
@@ -91,26 +92,25 @@ def test_a_shared_critic_trains_its_head_and_never_the_policys_trunk(
 ) -> None:
     policy = make_policy()
     critic = critic_of(policy, "shared")
-    assert [name for name, _ in critic.parameters()] == ["value_head.weight", "value_head.bias"]
-    hidden = critic.hidden(pack(make_rollouts(LENGTHS)))
-    value_head(hidden, critic.weight, critic.bias, head=critic.head).sum().backward()
-    assert critic.weight.grad is not None
+    assert [name for name, _ in critic.parameters()] == ["head.weight", "head.bias"]
+    critic.read(pack(make_rollouts(LENGTHS)), lambda *parts: value_head(*parts, head="linear")).sum().backward()
+    assert critic.head.weight.grad is not None
     assert all(p.grad is None for p in policy.model.parameters())
 
 
 def test_a_model_directory_without_config_or_weights_is_refused(tmp_path: Path, make_policy: MakePolicy) -> None:
     with pytest.raises(UserError, match=r"config\.json does not exist"):
-        load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
+        load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
     make_policy().model.config.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="safetensors"):
-        load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
+        load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
 
 
 def test_damaged_weights_are_refused_in_one_sentence(tmp_path: Path, make_policy: MakePolicy) -> None:
     make_policy().model.save_pretrained(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match="cannot load"):
-        load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
+        load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
 
 
 def test_a_directory_that_lacks_weights_is_not_filled_with_random_ones(tmp_path: Path, make_policy: MakePolicy) -> None:
@@ -120,23 +120,23 @@ def test_a_directory_that_lacks_weights_is_not_filled_with_random_ones(tmp_path:
         {k: v for k, v in weights.items() if "layers.1" not in k}, tmp_path / "model.safetensors", {"format": "pt"}
     )
     with pytest.raises(UserError, match="lacks"):
-        load_causal_lm(tmp_path, dtype="float32", attention="sdpa")
+        load_causal_lm(tmp_path, dtype=torch.float32, attention="sdpa")
 
 
 def test_an_unknown_model_type_is_refused() -> None:
     with pytest.raises(UserError, match=r"model\.create"):
-        create_causal_lm({"model_type": "lama"}, dtype="float32", attention="sdpa", seed=0)
+        create_causal_lm({"model_type": "lama"}, dtype=torch.float32, attention="sdpa", seed=0)
 
 
 def test_an_architecture_that_rescales_its_logits_unseen_is_refused() -> None:
     config = {"model_type": "cohere", "vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 1, "logit_scale": 0.1}
     config |= {"num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0, "initializer_range": 0.5}
-    model = create_causal_lm(config, dtype="float32", attention="sdpa", seed=0)
+    model = create_causal_lm(config, dtype=torch.float32, attention="sdpa", seed=0)
     with pytest.raises(UserError, match="changes its logits"):
         Policy(model)
 
 
 def test_the_seed_decides_the_fresh_weights(make_policy: MakePolicy) -> None:
     first, again, other = make_policy(seed=1), make_policy(seed=1), make_policy(seed=2)
-    assert torch.equal(first.head_weight, again.head_weight)
-    assert not torch.equal(first.head_weight, other.head_weight)
+    assert torch.equal(first.head.weight, again.head.weight)
+    assert not torch.equal(first.head.weight, other.head.weight)

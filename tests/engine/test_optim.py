@@ -198,15 +198,13 @@ def test_a_state_before_the_first_step_can_be_taken_and_loaded():
     assert all(torch.equal(a, b) for a, b in zip(weights(straight), weights(resumed), strict=True))
 
 
-def test_a_loaded_state_is_not_changed_by_the_steps_that_follow():
+def test_a_state_can_be_read_into_blank_room():
     model, optimizer = model_and_optimizer()
     train(model, optimizer, range(1))
-    state = {name: value.clone() for name, value in optimizer.state().items()}
-    kept = {name: value.clone() for name, value in state.items()}
-    other, other_optimizer = model_and_optimizer()
-    other_optimizer.load_state(state)
-    train(other, other_optimizer, range(2, 4))
-    assert all(torch.equal(state[name], kept[name]) for name in kept)
+    room = model_and_optimizer()[1].blank_state()
+    assert {name: tensor.shape for name, tensor in room.items()} == {
+        name: tensor.shape for name, tensor in optimizer.state().items()
+    }
 
 
 def test_loading_a_fresh_state_forgets_the_moments():
@@ -217,34 +215,11 @@ def test_loading_a_fresh_state_forgets_the_moments():
     assert optimizer.state().keys() == fresh_optimizer.state().keys()
 
 
-def test_small_steps_are_not_lost_in_bfloat16():
-    """200 steps of 1e-5 from 1.0: in bfloat16 alone each would round away."""
-    parameter = torch.nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = Optimizer([("w", parameter)], lr=1e-5 * 50)
-    for _ in range(200):
-        parameter.grad = torch.ones_like(parameter)
+def test_skipped_steps_are_counted_in_a_row_until_one_is_finite(matrix: nn.Parameter):
+    optimizer = Optimizer([("w", matrix)], lr=0.01)
+    counts = []
+    for value in (math.nan, math.inf, 1.0, math.nan):
+        matrix.grad = torch.full((1, 2), value)
         optimizer.step()
-    assert parameter.dtype == torch.bfloat16
-    assert parameter.detach().float().tolist() == pytest.approx([1 - 0.1] * 4, abs=4e-3)
-
-
-def test_the_masters_of_a_half_precision_model_survive_a_round_trip():
-    def make() -> tuple[torch.nn.Parameter, Optimizer]:
-        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 6, dtype=torch.bfloat16))
-        return parameter, Optimizer([("w", parameter)], lr=1e-4)
-
-    def step(parameter: torch.nn.Parameter, optimizer: Optimizer, times: int) -> None:
-        for _ in range(times):
-            parameter.grad = torch.full_like(parameter, 0.3)
-            optimizer.step()
-
-    whole, one = make()
-    step(whole, one, 40)
-    first, before = make()
-    step(first, before, 15)
-    second, after = make()
-    second.data.copy_(first.data)
-    after.load_state(before.state())
-    step(second, after, 25)
-    assert torch.equal(whole, second)
-    assert torch.equal(one.masters["w"], after.masters["w"])
+        counts.append(optimizer.skipped_in_a_row)
+    assert counts == [1, 2, 0, 1]

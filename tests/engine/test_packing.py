@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tempo_engine.packing import PackedBatch, pack
+from tempo_engine.packing import PackedBatch, micro_batches, pack
 from tempo_engine.rollout import Prompt, Rollout
 
 MakeRollouts = Callable[..., list[Rollout]]
@@ -51,7 +51,9 @@ def test_micro_batches_cover_every_sequence_once_within_the_budget(
     lengths: list[tuple[int, int]], max_tokens: int
 ) -> None:
     batch = pack([rollout(tuple(range(p)), list(range(r))) for p, r in lengths])
-    parts = list(batch.micro_batches(torch.arange(len(batch)), max_tokens))
+    micros = micro_batches(batch, None, max_tokens, is_packed=False)
+    assert [micro.is_last for micro in micros] == [False] * (len(micros) - 1) + [True]
+    parts = [micro.rows for micro in micros]
     assert sorted(torch.cat(parts).tolist()) == list(range(len(lengths)))
     for part in parts:
         assert len(part) == 1 or len(part) * int(batch.length_S[part].max()) <= max_tokens

@@ -7,7 +7,7 @@ from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
 from tempo_engine.rollout import Rollout
-from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, imitate, improve_policy, token_logprobs
+from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, imitate, improve_policy
 from tempo_kernels import advantage, whiten
 
 MakePolicy = Callable[..., Policy]
@@ -34,7 +34,7 @@ def critic_update(**settings: Any) -> CriticUpdate:
 def step_of_policy(policy: Policy, batch: PackedBatch, how: PolicyUpdate, seed: int = 0) -> dict[str, torch.Tensor]:
     """Weights after an update with plain gradient descent's analogue: AdamW with a known learning rate."""
     advantage_T = torch.linspace(-1, 1, int(batch.cu_responses_S1[-1]))
-    old_logprob_T = token_logprobs(policy, batch, 10_000)
+    old_logprob_T = policy.token_logprobs(batch, 10_000)
     optimizer = Optimizer(policy.parameters(), lr=1e-3)
     improve_policy(policy, optimizer, batch, advantage_T, how, old_logprob_T=old_logprob_T, seed=seed)
     return {name: p.detach().clone() for name, p in policy.parameters()}
@@ -87,7 +87,7 @@ def test_critic_gradients_do_not_depend_on_micro_batches(make_policy: MakePolicy
     batch, return_S = pack(make_rollouts(LENGTHS)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     found = []
     for tokens in (10_000, 20, 1):
-        critic = Critic(make_policy(), backbone="separate", head="linear")
+        critic = Critic(make_policy(), backbone="separate", kind="linear")
         how = critic_update(micro_batch_tokens=tokens)
         found.append(
             gradients(critic.parameters(), lambda o, c=critic, h=how: fit_critic(c, o, batch, return_S, h, seed=0))
@@ -102,7 +102,7 @@ def test_the_critics_loss_is_the_mean_over_sequences_of_their_means(
 ) -> None:
     """With a zero head every value is 0, so the loss is half the mean of the squared outcomes, whatever the lengths."""
     batch = pack(make_rollouts(LENGTHS))
-    critic = Critic(make_policy(), backbone="separate", head="linear")
+    critic = Critic(make_policy(), backbone="separate", kind="linear")
     optimizer = Optimizer(critic.parameters(), lr=0.0)
     metrics = fit_critic(critic, optimizer, batch, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), critic_update(), seed=0)
     assert metrics["critic/vf_loss"] == pytest.approx(0.5 * 2 / 5)
@@ -113,7 +113,7 @@ def test_a_fitted_critic_tells_right_from_wrong(
     make_policy: MakePolicy, make_rollouts: MakeRollouts, head: Any, loss: str
 ) -> None:
     batch, return_S = pack(make_rollouts(LENGTHS)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
-    critic = Critic(make_policy(), backbone="separate", head=head)
+    critic = Critic(make_policy(), backbone="separate", kind=head)
     optimizer = Optimizer(critic.parameters(), lr=1e-2)
     fit_critic(critic, optimizer, batch, return_S, critic_update(epochs=60, loss=loss), seed=0)
     value_TS = critic.values(batch, 10_000)
@@ -126,10 +126,10 @@ def test_rewarded_tokens_become_likelier_and_punished_ones_rarer(
 ) -> None:
     policy, batch = make_policy(), pack(make_rollouts([(3, 4), (2, 4)]))
     advantage_T = torch.tensor([1.0] * 4 + [-1.0] * 4)
-    before = token_logprobs(policy, batch, 10_000)
+    before = policy.token_logprobs(batch, 10_000)
     optimizer = Optimizer(policy.parameters(), lr=1e-3)
     metrics = improve_policy(policy, optimizer, batch, advantage_T, policy_update(), old_logprob_T=before, seed=0)
-    change = token_logprobs(policy, batch, 10_000) - before
+    change = policy.token_logprobs(batch, 10_000) - before
     assert change[:4].sum() > 0 > change[4:].sum()
     assert policy.version == 1
     assert metrics["actor/pg_clipfrac"] == 0
@@ -139,7 +139,7 @@ def test_rewarded_tokens_become_likelier_and_punished_ones_rarer(
 def test_a_fit_reports_explained_variance_and_calibration(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
     """Every value is 0 and three of five outcomes are 1: values explain nothing, and are off by 0.6 on average."""
     batch = pack(make_rollouts(LENGTHS))
-    critic = Critic(make_policy(), backbone="separate", head="linear")
+    critic = Critic(make_policy(), backbone="separate", kind="linear")
     optimizer = Optimizer(critic.parameters(), lr=0.0)
     how = critic_update(micro_batch_tokens=20, epochs=2)
     metrics = fit_critic(critic, optimizer, batch, torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0]), how, seed=0)
@@ -150,7 +150,7 @@ def test_a_fit_reports_explained_variance_and_calibration(make_policy: MakePolic
 
 def test_an_on_policy_update_uses_every_token_fully(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
     policy, batch = make_policy(), pack(make_rollouts([(3, 4), (2, 4)]))
-    before = token_logprobs(policy, batch, 10_000)
+    before = policy.token_logprobs(batch, 10_000)
     optimizer = Optimizer(policy.parameters(), lr=1e-3)
     metrics = improve_policy(policy, optimizer, batch, torch.ones(8), policy_update(), old_logprob_T=before, seed=0)
     assert metrics["actor/ess"] == pytest.approx(1.0)
@@ -160,7 +160,7 @@ def test_an_on_policy_update_uses_every_token_fully(make_policy: MakePolicy, mak
 def trained(policy: Policy, rollouts: list[Rollout], how: dict[str, Any]) -> list[torch.Tensor]:
     """All weights of policy and critic after two E-steps and two M-steps."""
     batch, return_S = pack(rollouts), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
-    critic = Critic(policy, backbone="separate", head="linear")
+    critic = Critic(policy, backbone="separate", kind="linear")
     policy_optimizer, critic_optimizer = (Optimizer(x.parameters(), lr=1e-3) for x in (policy, critic))
     for seed in range(2):
         fit_critic(
@@ -168,7 +168,7 @@ def trained(policy: Policy, rollouts: list[Rollout], how: dict[str, Any]) -> lis
         )
         value_TS = critic.values(batch, 30)
         advantage_T = whiten(advantage(return_S, value_TS, batch.cu_responses_S1), torch.zeros(22, dtype=torch.int64))
-        old_logprob_T = token_logprobs(policy, batch, 30)
+        old_logprob_T = policy.token_logprobs(batch, 30)
         update = policy_update(loss=how["loss"], minibatches=2, micro_batch_tokens=30, entropy_coef=0.01)
         improve_policy(policy, policy_optimizer, batch, advantage_T, update, old_logprob_T=old_logprob_T, seed=seed)
     return [p.detach().clone() for _, p in [*policy.parameters(), *critic.parameters()]]

@@ -7,7 +7,8 @@ import pytest
 import torch
 from tempo_em.console import PlainDisplay
 from tempo_em.loading import load_recipe
-from tempo_em.train import START_MUST_SHARE, Training
+from tempo_em.run_folder import START_MUST_SHARE
+from tempo_em.train import Training
 
 FAST = (
     "em.iterations=2", "evaluation.every=0", "evaluation.samples=4", "checkpoint.every=0", "checkpoint.export=false",

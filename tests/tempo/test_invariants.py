@@ -88,8 +88,8 @@ def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only
     """I7: labelled groups without signal are replaced, unlabelled ones never are; the batch has exactly B n rows."""
     training = prepare("estep.filter=zero_variance")
     em = stage(training, "em")
-    labelled, reward_S, _ = training.loop.sample_labelled(em, "em/0")
-    groups = reward_S.view(-1, 2)
+    labelled, rewards, _ = training.loop.sample_labelled(em, "em/0")
+    groups = torch.tensor(rewards).view(-1, 2)
     assert len(labelled) == 32
     assert (groups[:, 0] != groups[:, 1]).all()
     assert len(training.loop.sample_unlabelled(em, "em/0")) == 32
@@ -97,9 +97,9 @@ def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only
 
 def test_a_labelled_set_without_signal_ends_the_refilling(prepare: Train) -> None:
     training = prepare("estep.filter=zero_variance", "cold_start.steps=0")  # an untrained policy is never right
-    labelled, reward_S, _ = training.loop.sample_labelled(stage(training, "em"), "em/0")
+    labelled, rewards, _ = training.loop.sample_labelled(stage(training, "em"), "em/0")
     assert labelled == []
-    assert len(reward_S) == 0
+    assert rewards == []
 
 
 def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
@@ -113,7 +113,7 @@ def test_each_population_is_whitened_by_itself(prepare: Train) -> None:
     training = prepare()
     loop, em = training.loop, stage(training, "em")
     assert loop.critic is not None
-    loop.critic.weight.data.normal_()
+    loop.critic.head.weight.data.normal_()
     batch, value_TS, is_labelled_S = sampled(loop, em)
     outcome_S = torch.rand(len(batch))
     advantage_T, _ = advantages(em, outcome_S, value_TS, batch, torch.arange(len(batch)), is_labelled_S)
@@ -197,7 +197,7 @@ def test_the_critic_begins_with_what_the_cold_start_taught_the_policy(train: Tra
     assert training.loop.critic is not None
     policy, critic = training.loop.policy.trunk.state_dict(), training.loop.critic.trunk.state_dict()
     assert same(policy, critic)
-    assert not training.loop.critic.weight.any()
+    assert not training.loop.critic.head.weight.any()
 
 
 def test_the_initialisation_uses_the_token_critic_whatever_the_method(prepare: Train) -> None:
@@ -212,7 +212,7 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
         "em.posterior=random", "estep.every=0", "em.rollouts=40",
     )  # fmt: skip
     loop, em = training.loop, stage(training, "em")
-    labelled, reward_S, _ = loop.sample_labelled(em, "k")
+    labelled, rewards, _ = loop.sample_labelled(em, "k")
     unlabelled = loop.sample_unlabelled(em, "k")
     groups: list[Tensor] = []
 
@@ -221,7 +221,7 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
         return group_advantage(outcome_S, group_S, divide_by_std=divide_by_std)
 
     monkeypatch.setattr("tempo_em.schedule.group_advantage", spy)
-    loop.m_step(em, labelled, reward_S, unlabelled, "k")
+    loop.m_step(em, labelled, torch.tensor(rewards), unlabelled, "k")
     assert groups[0].bincount().tolist() == [4] * (len(unlabelled) // 4) + [3] * (len(labelled) // 3)
 
 

@@ -1,20 +1,22 @@
-"""Kill a real process, resume, and find the same weights bit for bit."""
+"""Kill real processes, resume, and find the same weights bit for bit."""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tempo_engine.checkpoint import list_checkpoints
+from tempo_engine.checkpoint import list_checkpoints, load_tensors, names
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = ("--set", "cold_start.steps=60", "--set", "evaluation.samples=2", "--set", "em.iterations=6")
+ON_TWO_RANKS = ("--nproc", "2")
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -26,24 +28,49 @@ def finish(run_dir: Path, *more: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def stop_after(run_dir: Path, step: int, number: signal.Signals) -> int:
-    """Start (or resume) the run, send the signal when the checkpoint of `step` is there; returns the exit code."""
-    process = subprocess.Popen(
-        command(run_dir, "--resume", "auto"), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+def start(run_dir: Path, *more: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command(run_dir, "--resume", "auto", *more),
+        env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
+def wait_until(process: subprocess.Popen[bytes], what: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        done = list_checkpoints(run_dir / "checkpoints")
-        if done and int(done[-1].name.removeprefix("step-")) >= step:
-            process.send_signal(number)
-            return process.wait(timeout=60)
-        time.sleep(0.01)
+        if what():
+            return
+        time.sleep(0.002)
     process.kill()
-    raise AssertionError(f"the run ended with {process.wait()} before step {step}")
+    raise AssertionError(f"the run ended with {process.wait()} before it came to this point")
+
+
+def newest_step(run_dir: Path) -> int:
+    done = list_checkpoints(run_dir / "checkpoints")
+    return int(done[-1].name.removeprefix("step-")) if done else 0
+
+
+def stop_after(run_dir: Path, step: int, number: signal.Signals, *more: str) -> int:
+    """Start (or resume) the run, send the signal when the checkpoint of `step` is there; returns the exit code."""
+    process = start(run_dir, *more)
+    wait_until(process, lambda: newest_step(run_dir) >= step)
+    process.send_signal(number)
+    return process.wait(timeout=60)
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL for the launcher and every rank: they are its children, in sessions of their own."""
+    ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, ranks)):
+        os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def final_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    return load_file(list_checkpoints(run_dir / "checkpoints")[-1] / "tensors.safetensors")
+    newest = list_checkpoints(run_dir / "checkpoints")[-1]
+    tensors = {name: torch.empty(shape, dtype=torch.float64) for name, shape in names(newest).items()}
+    assert load_tensors(newest, tensors) == tensors.keys()
+    return tensors
 
 
 @pytest.fixture(scope="module")
@@ -67,29 +94,72 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert summaries[0]["tokens"] == summaries[1]["tokens"]
 
 
-def test_killed_at_every_stage_and_resumed_gives_the_same_bits(uninterrupted: Path, tmp_path: Path) -> None:
-    """Steps 1-3 are the cold start, 4-5 the critic's warm-up, 6 RLVR, 7-12 the EM loop."""
+def test_two_ranks_killed_at_ten_random_points_end_with_the_same_bits(tmp_path: Path) -> None:
+    """Some of the points are between generation and update, some in the middle of a save, the others anywhere."""
+    whole, run_dir = tmp_path / "whole", tmp_path / "run"
+    finish(whole, *ON_TWO_RANKS)
+    rng = random.Random(0)
+    waiting = run_dir / "rollouts.json"
+
+    def just_sampled() -> bool:
+        return waiting.exists() and waiting.stat().st_mtime_ns > begun
+
+    def in_a_save() -> bool:
+        return any((run_dir / "checkpoints").glob(".writing-*/*"))
+
+    def somewhere() -> bool:
+        return newest_step(run_dir) > before
+
+    points = [just_sampled] * 3 + [in_a_save] * 3 + [somewhere] * 4
+    rng.shuffle(points)
+    for point in [somewhere, *points[1:]]:  # the first start has nothing to resume
+        begun, before = time.time_ns(), newest_step(run_dir)
+        process = start(run_dir, *ON_TWO_RANKS)
+        wait_until(process, point)
+        time.sleep(rng.uniform(0, 0.3) if point is somewhere else 0)
+        kill_all(process)
+        assert newest_step(run_dir) < 13, "the run was over before its last kill"
+    finish(run_dir, "--resume", *ON_TWO_RANKS)
+    assert_same_run(run_dir, whole)
+
+
+def test_killed_between_generation_and_update_the_rollouts_are_not_sampled_again(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    for step in (2, 4, 6, 8, 11):
-        assert stop_after(run_dir, step, signal.SIGKILL) == -signal.SIGKILL
+    process = start(run_dir)
+    waiting = run_dir / "rollouts.json"
+    wait_until(process, lambda: waiting.exists() and json.loads(waiting.read_text().split("\n")[1])["key"] == "em/0")
+    process.kill()
+    process.wait()
+    digest, text = waiting.read_text().split("\n")
+    assert newest_step(run_dir) == 6, "the update was over before the kill"
+    marked = text.replace('"num_tokens": ', '"num_tokens": 900000')  # a trace that sampling again would not leave
+    import hashlib
+
+    waiting.write_text(f"{hashlib.sha256(marked.encode()).hexdigest()}\n{marked}")
     finish(run_dir, "--resume")
-    assert_same_run(run_dir, uninterrupted)
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    generated = [row["tokens/generated"] for row in rows if row.get("stage") == "em"]
+    assert digest
+    assert [count > 900_000 for count in generated] == [True] + [False] * 5
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "more"),
+    [(signal.SIGTERM, 143, ()), (signal.SIGINT, 130, ()), (signal.SIGTERM, 143, ON_TWO_RANKS)],
+)
 def test_a_signal_saves_and_exits_with_its_code(
-    uninterrupted: Path, tmp_path: Path, number: signal.Signals, code: int
+    tmp_path: Path, number: signal.Signals, code: int, more: tuple[str, ...]
 ) -> None:
     run_dir = tmp_path / "run"
-    assert stop_after(run_dir, 7, number) == code
-    finish(run_dir, "--resume", "auto")
-    assert_same_run(run_dir, uninterrupted)
+    assert stop_after(run_dir, 7, number, *more) == code
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert newest_step(run_dir) == rows[-1]["step"], "what was trained is saved"
 
 
 def test_a_damaged_newest_checkpoint_costs_one_iteration_not_the_run(uninterrupted: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     stop_after(run_dir, 9, signal.SIGKILL)
-    newest = list_checkpoints(run_dir / "checkpoints")[-1] / "tensors.safetensors"
+    newest = next(list_checkpoints(run_dir / "checkpoints")[-1].glob("*.safetensors"))
     newest.write_bytes(newest.read_bytes()[:-7])
     finish(run_dir, "--resume", "auto")
     assert_same_run(run_dir, uninterrupted)
@@ -102,6 +172,18 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted: Pa
     (run_dir / "metrics.jsonl").write_text('{"half": "a line')
     finish(run_dir, "--resume", "auto")
     assert_same_run(run_dir, uninterrupted)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(uninterrupted: Path) -> None:
+    import fcntl
+
+    with (uninterrupted / ".lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        result = subprocess.run(
+            command(uninterrupted, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, timeout=60
+        )
+    assert result.returncode == 2
+    assert "another process" in result.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from tempo_engine import parallel
 from tempo_engine.model import Policy
 from tempo_engine.rollout import Prompt, Rollout
 
@@ -72,8 +73,36 @@ class LocalSampler:
         policy = self.policy
         if policy is None or policy.version != self.version:
             raise RuntimeError(f"the sampler holds version {self.version}; call load(policy) after every update")
-        draws = self._draws(prompts, group_size, key)
-        limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(draws)]
+        names = self._names(prompts, group_size, key)
+        limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(names)]
+
+        def sample_groups(share: list[int]) -> list[list[tuple[list[int], list[float], str]]]:
+            slots = [row * group_size + i for row in share for i in range(group_size)]
+            done = self._decode(
+                policy,
+                [prompts[row] for row in share],
+                group_size,
+                [names[i] for i in slots],
+                [limits[i] for i in slots],
+            )
+            return [done[i : i + group_size] for i in range(0, len(done), group_size)]
+
+        with parallel.gathered(policy.scope, policy.sharding):
+            groups = parallel.together([len(p.token_ids) + self.max_new_tokens for p in prompts], sample_groups)
+        rollouts = [
+            Rollout(prompt, ids, logprobs, self.version, ids[-1] not in self.stop_ids, text)
+            for prompt, group in zip(prompts, groups, strict=True)
+            for ids, logprobs, text in group
+        ]
+        self.num_responses += len(rollouts)
+        self.num_tokens += sum(len(rollout.response_ids) for rollout in rollouts)
+        return rollouts
+
+    def _decode(
+        self, policy: Policy, prompts: Sequence[Prompt], group_size: int, names: list[str], limits: list[int]
+    ) -> list[tuple[list[int], list[float], str]]:
+        """Ids, log-probs and text of every response, in order; `names` fixes the draws of each, `limits` bounds its length."""
+        draws = self._draws(names)
         # Longest prompt first, so that neighbours need little padding.
         waiting = deque(sorted(range(len(prompts)), key=lambda row: -len(prompts[row].token_ids)))
         running = _Running(policy, torch.tensor(sorted(self.stop_ids), device=policy.device), self.max_new_tokens)
@@ -92,27 +121,29 @@ class LocalSampler:
             running.drop_finished()
             if len(running):
                 running.decode()
-        self.num_responses += len(done)
-        self.num_tokens += sum(len(ids) for ids, _ in done.values())
-        return [self._rollout(prompts[slot // group_size], *done[slot]) for slot in range(len(draws))]
+        return [(*done[slot], self._text(done[slot][0])) for slot in range(len(names))]
 
-    def _draws(self, prompts: Sequence[Prompt], group_size: int, key: str) -> Tensor:
-        """Uniform random numbers, one row a response and one column a token, [R, M] float64."""
+    def _names(self, prompts: Sequence[Prompt], group_size: int, key: str) -> list[str]:
+        """A name for every response, the same wherever it is sampled."""
         occurrence: Counter[str] = Counter()
-        draws = np.empty((len(prompts) * group_size, self.max_new_tokens))
-        for row in range(len(draws)):
-            prompt_id = prompts[row // group_size].id
-            name = f"{self.seed}/{key}/{prompt_id}/{occurrence[prompt_id]}"
-            occurrence[prompt_id] += 1
+        names = []
+        for prompt in prompts:
+            for _ in range(group_size):
+                names.append(f"{self.seed}/{key}/{prompt.id}/{occurrence[prompt.id]}")
+                occurrence[prompt.id] += 1
+        return names
+
+    def _draws(self, names: Sequence[str]) -> Tensor:
+        """Uniform random numbers, one row a response and one column a token, [R, M] float64."""
+        draws = np.empty((len(names), self.max_new_tokens))
+        for row, name in enumerate(names):
             digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
             philox = np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64))
             np.random.Generator(philox).random(out=draws[row])
         return torch.from_numpy(draws)
 
-    def _rollout(self, prompt: Prompt, ids: list[int], logprobs: list[float]) -> Rollout:
-        is_truncated = ids[-1] not in self.stop_ids
-        text = self.decode(ids if is_truncated else ids[:-1])
-        return Rollout(prompt, ids, logprobs, self.version, is_truncated, text)
+    def _text(self, ids: list[int]) -> str:
+        return self.decode(ids[:-1] if ids[-1] in self.stop_ids else ids)
 
 
 def truncate(logits_RV: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -148,7 +179,7 @@ class _Running:
         self.stop_ids = stop_ids
         device = policy.device
         self.cache: Any = None
-        self.logits_RV = torch.empty(0, len(policy.head_weight), device=device)
+        self.logits_RV = torch.empty(0, policy.vocab_size, device=device)
         self.mask_RL = torch.empty(0, 0, dtype=torch.int64, device=device)
         self.token_RM = torch.empty(0, max_new_tokens, dtype=torch.int64, device=device)
         self.logprob_RM = torch.empty(0, max_new_tokens, device=device)

@@ -1,0 +1,70 @@
+"""What is done to the transformer blocks of a model, whatever its architecture: adapters, activation checkpointing, compilation."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from tempo_engine.adapters import Lora, add_adapters
+
+ActivationCheckpointing = Literal["off", "selective", "full"]
+
+# What `selective` keeps: results that cost far more to compute than to store.
+_KEPT = frozenset({
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+})  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """`activation_checkpointing`: what the backward computes again: nothing, all but matrix products and attention, or whole
+    blocks. `compile`: torch.compile each block. `lora`: train adapters instead of the weights."""
+
+    activation_checkpointing: ActivationCheckpointing = "off"
+    compile: bool = False
+    lora: Lora | None = None
+
+
+def blocks_of(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks: the modules that their architecture says must stay in one piece."""
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def tune_blocks(model: PreTrainedModel, how: BlockOptions) -> None:
+    """Apply the options, in place. Names of modules and parameters stay as they are, but for layers that adapters wrap."""
+    if how.lora is not None:
+        add_adapters(model, how.lora)
+    for block in blocks_of(model):
+        if how.activation_checkpointing != "off":
+            block.forward = _recomputed(block.forward, how.activation_checkpointing)
+        if how.compile:
+            block.compile(dynamic=True)
+
+
+def _recomputed(forward: Callable[..., Any], mode: ActivationCheckpointing) -> Callable[..., Any]:
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing in a block is random
+    if mode == "selective":
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    return recomputed
+
+
+def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
