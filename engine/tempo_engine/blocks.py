@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
@@ -46,6 +47,9 @@ def tune_blocks(model: PreTrainedModel, how: BlockOptions) -> None:
     """Apply the options, in place. Names of modules and parameters stay as they are, but for layers that adapters wrap."""
     if how.lora is not None:
         add_adapters(model, how.lora)
+    if model.dtype == torch.float64:
+        for module in [*blocks_of(model), *cast(PreTrainedModel, model.base_model).children()]:
+            module.forward = _in_float64(module.forward)
     for block in blocks_of(model):
         if how.activation_checkpointing != "off":
             block.forward = _recomputed(block.forward, how.activation_checkpointing)
@@ -68,3 +72,22 @@ def _recomputed(forward: Callable[..., Any], mode: ActivationCheckpointing) -> C
 
 def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Float64(TorchFunctionMode):
+    """float32 means float64. transformers computes norms and softmax in float32 whatever the model is: more than bfloat16 has,
+    but of a float64 model it would leave seven digits, and a result that depends on the order of additions."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args = tuple(torch.float64 if value is torch.float32 else value for value in args)
+        return func(*args, **{k: torch.float64 if v is torch.float32 else v for k, v in (kwargs or {}).items()})
+
+
+def _in_float64(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def wide(*args: Any, **kwargs: Any) -> Any:
+        with _Float64():
+            return forward(*args, **kwargs)
+
+    return wide

@@ -91,6 +91,7 @@ class Policy:
         self.temperature = temperature
         self.version = version
         self.device = torch.device(device)
+        self.precision = self.sharding.storage  # of log-probs and values: float32, or float64 for a float64 model
         self.head = cast(nn.Linear, model.get_output_embeddings())
         self.vocab_size, self.hidden_size = self.head.weight.shape
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
@@ -114,7 +115,7 @@ class Policy:
 
         def both() -> tuple[Tensor, Tensor]:
             hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
-            return self.model(input_ids=ids, use_cache=False).logits[0].float(), self.logits(hidden)
+            return self.model(input_ids=ids, use_cache=False).logits[0].to(self.precision), self.logits(hidden)
 
         own, ours = self.scope(both)
         parallel.release(self.scope)
@@ -125,8 +126,8 @@ class Policy:
             )
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """LM head on hidden states, float32, before the temperature. Inside the scope, or `parallel.gathered`, only."""
-        logits = self.head(hidden).float()
+        """LM head on hidden states, at least float32, before the temperature. Inside the scope, or `parallel.gathered`, only."""
+        logits = self.head(hidden).to(self.precision)
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def token_stats(self, batch: PackedBatch) -> TokenStats:
@@ -145,10 +146,10 @@ class Policy:
 
     @torch.no_grad()
     def token_logprobs(self, batch: PackedBatch, max_tokens: int) -> Tensor:
-        """Log-probs of all response tokens under the policy as it is, [T] float32, computed in micro-batches."""
-        logprob_T = torch.zeros_like(batch.sampler_logprob_T)
+        """Log-probs of all response tokens under the policy as it is, [T], computed in micro-batches."""
+        logprob_T = torch.zeros(len(batch.sampler_logprob_T), dtype=self.precision, device=self.device)
         for micro in self.micro_batches(batch, None, max_tokens):
-            part = self.token_stats(batch.select(micro.rows)).logprob_T.float()
+            part = self.token_stats(batch.select(micro.rows)).logprob_T
             if micro.counts:
                 logprob_T[segment_index(batch.cu_responses_S1, micro.rows)] = part
         parallel.release(self.scope)
@@ -206,7 +207,7 @@ class Critic:
         self.kind: HeadKind = kind
         self.device = policy.device
         # The head is at least float32 whatever the trunk is: a difference of two values near 1 would drown in bf16 spacing.
-        self.head = ValueHead(policy.hidden_size, policy.sharding.storage, policy.device)
+        self.head = ValueHead(policy.hidden_size, policy.precision, policy.device)
         self.trunk = policy.trunk
         parts: dict[str, nn.Module] = {"head": self.head}
         groups: list[nn.Module] = []
@@ -237,10 +238,10 @@ class Critic:
 
     @torch.no_grad()
     def values(self, batch: PackedBatch, max_tokens: int) -> Tensor:
-        """T + 1 values per sequence, [TS] float32, computed in micro-batches of at most `max_tokens`."""
-        value_TS = torch.zeros(len(batch.value_index_TS), dtype=torch.float32, device=self.device)
+        """T + 1 values per sequence, [TS], computed in micro-batches of at most `max_tokens`."""
+        value_TS = torch.zeros(len(batch.value_index_TS), dtype=self.policy.precision, device=self.device)
         for micro in self.policy.micro_batches(batch, None, max_tokens):
-            part = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind)).float()
+            part = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind))
             if micro.counts:
                 value_TS[segment_index(batch.cu_values_S1, micro.rows)] = part
         for scope in (self.scope, self.policy.scope):

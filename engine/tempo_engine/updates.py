@@ -146,7 +146,7 @@ def improve_policy(
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
         rows = rows.to(advantage_T.device)
         weights = token_weights(batch.select(rows).cu_responses_S1, how.aggregate)
-        weight_T = torch.zeros_like(advantage_T)
+        weight_T = weights.new_zeros(len(advantage_T))
         weight_T[segment_index(batch.cu_responses_S1, rows)] = weights
         for micro in policy.micro_batches(batch, rows, how.micro_batch_tokens):
             part = batch.select(micro.rows)

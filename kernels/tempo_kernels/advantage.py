@@ -80,7 +80,8 @@ def _check_outcome(outcome_S: Tensor, num_sequences: int) -> None:
 def _advantage_torch(outcome_S: Tensor | None, value_N: Tensor, cu_seqlens_S1: Tensor, has_terminal: bool) -> Tensor:
     baseline_T, terminal_S = split_values(value_N, cu_seqlens_S1) if has_terminal else (value_N, value_N)
     outcome_S = terminal_S if outcome_S is None else outcome_S
-    return returns(outcome_S.float(), cu_seqlens_S1) - baseline_T.float()
+    dtype = torch.promote_types(value_N.dtype, torch.float32)
+    return returns(outcome_S.to(dtype), cu_seqlens_S1) - baseline_T.to(dtype)
 
 
 @jit
@@ -194,7 +195,7 @@ def _advantage_triton(
 
 
 def advantage(outcome_S: Tensor | None, value_N: Tensor, cu_seqlens_S1: Tensor) -> Tensor:
-    """A_t = R - V(x, y_<t) for every token t of a sequence with outcome R, [T] float32.
+    """A_t = R - V(x, y_<t) for every token t of a sequence with outcome R, [T] float32 (float64 for float64 values).
 
     TEMPO, arXiv 2604.19295, eq. 11 (with the action-independent baseline y_<t). When R is the verified label this equals
     generalised advantage estimation with gamma = lambda = 1 and the reward on the last token. Differentiable.
@@ -328,7 +329,7 @@ def whiten(
     eps: float = 1e-8,
     statistics: Moments | None = None,
 ) -> Tensor:
-    """(A - mean) / sqrt(var + eps), with mean and (unbiased) variance taken over each population by itself, [T] float32.
+    """(A - mean) / sqrt(var + eps), with mean and (unbiased) variance taken over each population by itself, [T] float32 (float64 for float64).
 
     `population_T` numbers each token's population from 0: all zeros for one population, is_labelled for two, the number of the
     prompt for groups. With `center=False` A is only divided by its scale, sqrt(mean(A^2) + eps), which keeps its sign. A
@@ -350,7 +351,8 @@ def whiten(
         shift_P, var_P = torch.zeros_like(mean_P), m2_P / count_P.clamp(min=1) + mean_P**2
     scale_P = (var_P + eps).sqrt()
     if not use_triton(advantage_T):
-        return ((advantage_T.double() - shift_P[population_T]) / scale_P[population_T]).float()
+        white_T = (advantage_T.double() - shift_P[population_T]) / scale_P[population_T]
+        return white_T.to(torch.promote_types(advantage_T.dtype, torch.float32))
     white_T = torch.empty(len(advantage_T), dtype=torch.float32, device=advantage_T.device)
     table_3P = torch.stack([shift_P, shift_P - shift_P.float(), 1.0 / scale_P]).float()
     launch(

@@ -14,6 +14,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield "a group mean of one response says nothing; raise em.group_size or choose another mstep.baseline"
     if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
         yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
+    if mstep.importance != "none" and mstep.old_logprob == "sampler":
+        yield (
+            f"mstep.importance {mstep.importance} corrects for the ratio of mstep.old_logprob to the sampler's log-probs, which is 1 "
+            "with old_logprob sampler; set old_logprob to trainer or importance to none"
+        )
     if mstep.old_logprob == "sampler" and (recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0):
         yield (
             "with top_p or top_k the sampler's log-probs are those of a truncated distribution; "

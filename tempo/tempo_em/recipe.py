@@ -6,7 +6,7 @@ Values come in four layers, later ones winning: defaults here, the method's pres
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -17,6 +17,11 @@ Positive = Annotated[int, Field(ge=1)]
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+
+def _word_off(value: Any) -> Any:
+    """YAML takes a bare `off` for false; here it is a word among others."""
+    return "off" if value is False else value
 
 
 class LoraRecipe(Strict):
@@ -40,7 +45,7 @@ class ModelRecipe(Strict):
         default="float32", description="precision of the computation; with bfloat16 weights are kept in float32"
     )
     attention: Literal["eager", "sdpa", "flash_attention_2"] = "sdpa"
-    activation_checkpointing: Literal["off", "selective", "full"] = Field(
+    activation_checkpointing: Annotated[Literal["off", "selective", "full"], BeforeValidator(_word_off)] = Field(
         default="off", description="what the backward computes again: nothing, all but matrix products, whole blocks"
     )
     compile: bool = Field(default=False, description="torch.compile of the blocks")

@@ -247,7 +247,7 @@ def advantages(
     group_S: Tensor,
     is_labelled_S: Tensor,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Outcome against baseline, then normalised, [T] float32; with their statistics from before the normalisation."""
+    """Outcome against baseline, then normalised, [T]; with their statistics from before the normalisation."""
     sequence_T = segment_ids(batch.cu_responses_S1)
     if stage.baseline == "critic_prefix":
         assert value_TS is not None, "baseline critic_prefix without a critic"

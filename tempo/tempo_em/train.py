@@ -278,9 +278,11 @@ class Training:
         loop.labelled.position, loop.unlabelled.position = state["cursors"]["labelled"], state["cursors"]["unlabelled"]
         loop.policy.version = state["policy_version"]
         weights = {f"{owner}/{name}": p for owner, named in self._weights().items() for name, p in named}
-        missing = weights.keys() - checkpoint.load_tensors(saved, dict(weights))
-        if missing:
-            owner = min(missing).split("/")[0]
+        missing = {name.split("/")[0] for name in weights.keys() - checkpoint.load_tensors(saved, dict(weights))}
+        if loop.reference and "reference" in missing:  # where another run began without one, so does this one's KL
+            copy_weights(loop.reference.model, loop.policy.model)
+        if missing - {"reference"}:
+            owner = min(missing - {"reference"})
             raise UserError(f"the saved state has no {owner}; start from a run of a method that has one")
         for owner, optimizer in self._optimizers().items():
             into = {f"{owner}/{name}": tensor for name, tensor in optimizer.blank_state().items()}

@@ -1,13 +1,23 @@
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from tempo_engine.errors import NonFinite
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
-from tempo_engine.rollout import Rollout
-from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, imitate, improve_policy
+from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.updates import (
+    CriticUpdate,
+    PolicyUpdate,
+    fit_critic,
+    imitate,
+    importance_denominator,
+    improve_policy,
+)
 from tempo_kernels import advantage, whiten
 
 MakePolicy = Callable[..., Policy]
@@ -232,3 +242,78 @@ def test_a_non_finite_advantage_skips_the_step_and_keeps_the_weights(
     )
     assert optimizer.num_skipped == 1
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, policy.parameters(), strict=True))
+
+
+def test_too_many_non_finite_steps_in_a_row_stop_and_hand_over_their_batch(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    policy, batch = make_policy(), pack(make_rollouts(LENGTHS))
+    before = {name: p.detach().clone() for name, p in policy.parameters()}
+    advantage_T = torch.full((int(batch.cu_responses_S1[-1]),), torch.nan)
+    optimizer = Optimizer(policy.parameters(), lr=1e-3, max_skipped=2)
+    how, old_T = policy_update(epochs=3), policy.token_logprobs(batch, 10_000)
+    with pytest.raises(NonFinite, match="gradient of the policy was not finite in 2 steps in a row") as stop:
+        improve_policy(policy, optimizer, batch, advantage_T, how, old_logprob_T=old_T, seed=0)
+    assert stop.value.code == 3
+    assert sorted(stop.value.batch["input_ids_N"].tolist()) == sorted(batch.input_ids_N.tolist())
+    assert stop.value.batch["advantage_T"].isnan().all()
+    assert all(torch.equal(p, before[name]) for name, p in policy.parameters())
+
+
+def test_importance_ratios_of_tokens_and_of_sequences_by_hand() -> None:
+    """Two responses, of two tokens and of one: old log-probs minus the sampler's are 0.5, -0.2 and 0.1."""
+    rollouts = [
+        Rollout(Prompt("a", "", (3,)), [5, 6], [-1.0, -2.0], 0, False, ""),
+        Rollout(Prompt("b", "", (3,)), [7], [-3.0], 0, False, ""),
+    ]
+    batch, old_T = pack(rollouts), torch.tensor([-0.5, -2.2, -2.9])
+    assert importance_denominator(batch, old_T, "none") is None
+    of_tokens = importance_denominator(batch, old_T, "token")
+    of_sequences = importance_denominator(batch, old_T, "sequence")
+    assert of_tokens is not None
+    assert of_sequences is not None
+    assert (old_T - of_tokens).tolist() == pytest.approx([0.5, -0.2, 0.1], abs=1e-6)
+    assert (old_T - of_sequences).tolist() == pytest.approx([0.3, 0.3, 0.1], abs=1e-6)
+
+
+@pytest.mark.parametrize("importance", ["token", "sequence"])
+def test_the_importance_correction_weighs_the_gradient(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts, importance: Any
+) -> None:
+    """Every token half as likely under the sampler as under the trainer: all ratios are 2, or more, so the cap decides."""
+    policy, batch = make_policy(), pack(make_rollouts(LENGTHS))
+    advantage_T = torch.linspace(-1, 1, int(batch.cu_responses_S1[-1]))
+    old_T = policy.token_logprobs(batch, 10_000)
+    batch = dataclasses.replace(batch, sampler_logprob_T=old_T - math.log(2.0))
+
+    def gradient(**how: Any) -> torch.Tensor:
+        return gradients(
+            policy.parameters(),
+            lambda optimizer: improve_policy(
+                policy, optimizer, batch, advantage_T, policy_update(**how), old_logprob_T=old_T, seed=0
+            ),
+        )
+
+    plain = gradient()
+    corrected = gradient(importance=importance, importance_cap=1.5)
+    assert torch.allclose(corrected, 1.5 * plain, rtol=1e-4, atol=1e-7)
+
+
+def test_a_kl_to_the_reference_pulls_the_policy_back(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+    batch = pack(make_rollouts(LENGTHS))
+    distances = {}
+    for kl_coef in (0.0, 100.0):
+        policy = make_policy()
+        reference = policy.frozen_copy()
+        assert reference.parameters() == []
+        optimizer = Optimizer(policy.parameters(), lr=1e-3)
+        advantage_T = torch.linspace(-1, 1, int(batch.cu_responses_S1[-1]))
+        old_T, ref_T = policy.token_logprobs(batch, 10_000), reference.token_logprobs(batch, 10_000)
+        how = policy_update(epochs=8, loss="reinforce", kl_coef=kl_coef)
+        metrics = improve_policy(
+            policy, optimizer, batch, advantage_T, how, old_logprob_T=old_T, ref_logprob_T=ref_T, seed=0
+        )
+        assert metrics["actor/kl_loss"] > 0
+        distances[kl_coef] = float((policy.token_logprobs(batch, 10_000) - ref_T).abs().mean())
+        assert torch.equal(reference.token_logprobs(batch, 10_000), ref_T), "the reference does not move"
+    assert distances[100.0] < 0.5 * distances[0.0]

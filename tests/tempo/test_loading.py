@@ -83,6 +83,7 @@ def test_values_out_of_range_are_refused_by_their_path(setting: str, place: str)
         (["mstep.normalise=group_std"], "belongs to mstep.baseline group_mean"),
         (["method=ttrl", "em.group_size=1"], "one response"),
         (["mstep.old_logprob=sampler", "rollout.top_p=0.9"], "truncated distribution"),
+        (["mstep.old_logprob=sampler", "mstep.importance=token"], "set old_logprob to trainer"),
         (["critic.loss=bce"], "sigmoid"),
         (["critic.path=x", "cold_start.steps=3"], "set cold_start.steps to 0"),
         (["critic.path=x", "critic.backbone=shared"], "trunk of its own"),

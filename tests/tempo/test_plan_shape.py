@@ -72,7 +72,9 @@ def test_adapters_are_counted_by_rank_and_target() -> None:
     shape = shape_of(small("llama"), "")
     assert shape.adapters(4, ("q_proj", "v_proj")) == 4 * ((64 + 64) + (64 + 32))
     assert shape.adapters(1, "all-linear") == (64 + 64) + 2 * (64 + 32) + (64 + 64) + 3 * (64 + 96)
-    with pytest.raises(UserError, match=r"model\.lora\.targets has query; the linear layers of a llama block are q_proj"):
+    with pytest.raises(
+        UserError, match=r"model\.lora\.targets has query; the linear layers of a llama block are q_proj"
+    ):
         shape.adapters(4, ("query",))
 
 
@@ -120,5 +122,7 @@ def test_a_fresh_model_has_as_many_tokens_as_its_tokenizer(settings: list[str]) 
 
 def test_a_fresh_model_on_files_has_a_token_for_each_byte(tmp_path: Any) -> None:
     (tmp_path / "some.jsonl").write_text('{"prompt": "1 + 1", "answer": 2}')
-    recipe = load_recipe("tiny", [f"data.evaluation.more={{jsonl: {tmp_path}/some.jsonl}}", "cold_start.steps=0"]).recipe
+    recipe = load_recipe(
+        "tiny", [f"data.evaluation.more={{jsonl: {tmp_path}/some.jsonl}}", "cold_start.steps=0"]
+    ).recipe
     assert fresh_vocab_size(recipe) == len(tokenizer_for(load_datasets(recipe))) == 259

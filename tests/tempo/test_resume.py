@@ -1,5 +1,6 @@
 """Kill real processes, resume, and find the same weights bit for bit."""
 
+import hashlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from tempo_engine.checkpoint import list_checkpoints, load_tensors, names
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = ("--set", "cold_start.steps=60", "--set", "evaluation.samples=2", "--set", "em.iterations=6")
 ON_TWO_RANKS = ("--nproc", "2")
+SPLIT = ("--set", "micro_batch_tokens=100", "--set", "model.activation_checkpointing=full")
 
 
 def command(run_dir: Path, *more: str) -> list[str]:
@@ -130,28 +132,37 @@ def test_killed_between_generation_and_update_the_rollouts_are_not_sampled_again
     wait_until(process, lambda: waiting.exists() and json.loads(waiting.read_text().split("\n")[1])["key"] == "em/0")
     process.kill()
     process.wait()
-    digest, text = waiting.read_text().split("\n")
+    text = waiting.read_text().split("\n")[1]
     assert newest_step(run_dir) == 6, "the update was over before the kill"
     marked = text.replace('"num_tokens": ', '"num_tokens": 900000')  # a trace that sampling again would not leave
-    import hashlib
-
     waiting.write_text(f"{hashlib.sha256(marked.encode()).hexdigest()}\n{marked}")
     finish(run_dir, "--resume")
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     generated = [row["tokens/generated"] for row in rows if row.get("stage") == "em"]
-    assert digest
     assert [count > 900_000 for count in generated] == [True] + [False] * 5
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "more"),
-    [(signal.SIGTERM, 143, ()), (signal.SIGINT, 130, ()), (signal.SIGTERM, 143, ON_TWO_RANKS)],
-)
-def test_a_signal_saves_and_exits_with_its_code(
-    tmp_path: Path, number: signal.Signals, code: int, more: tuple[str, ...]
-) -> None:
+def test_two_ranks_stopped_by_sigterm_and_resumed_by_one_end_with_the_same_weights(tmp_path: Path) -> None:
+    """In float64, where another order of additions shows in the last digits only; and with other micro-batches, recomputation."""
+    exact = ("--set", "model.dtype=float64", "--set", "em.iterations=5", "--set", "evaluation.every=0")
+    whole, mixed, split = tmp_path / "one", tmp_path / "two then one", tmp_path / "two"
+    finish(whole, *exact)
+    assert stop_after(mixed, 9, signal.SIGTERM, *exact, *ON_TWO_RANKS) == 143
+    rows = [json.loads(line) for line in (mixed / "metrics.jsonl").read_text().splitlines()]
+    assert newest_step(mixed) == rows[-1]["step"], "what was trained is saved"
+    finish(mixed, "--resume", *exact)
+    finish(split, *exact, *ON_TWO_RANKS, *SPLIT)
+    expected = final_tensors(whole)
+    for run_dir in (mixed, split):
+        ours = final_tensors(run_dir)
+        assert ours.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (ours[name] - tensor).abs().max() <= 1e-9 * tensor.abs().max(), (run_dir.name, name)
+
+
+def test_ctrl_c_saves_and_exits_with_130(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    assert stop_after(run_dir, 7, number, *more) == code
+    assert stop_after(run_dir, 4, signal.SIGINT) == 130
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert newest_step(run_dir) == rows[-1]["step"], "what was trained is saved"
 
@@ -172,18 +183,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(uninterrupted: Pa
     (run_dir / "metrics.jsonl").write_text('{"half": "a line')
     finish(run_dir, "--resume", "auto")
     assert_same_run(run_dir, uninterrupted)
-
-
-def test_a_second_run_in_the_same_folder_is_refused(uninterrupted: Path) -> None:
-    import fcntl
-
-    with (uninterrupted / ".lock").open("a+") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        result = subprocess.run(
-            command(uninterrupted, "--resume"), env=ENVIRONMENT, capture_output=True, text=True, timeout=60
-        )
-    assert result.returncode == 2
-    assert "another process" in result.stderr
 
 
 def test_resuming_a_finished_run_changes_nothing(uninterrupted: Path) -> None:

@@ -179,10 +179,10 @@ class _Running:
         self.stop_ids = stop_ids
         device = policy.device
         self.cache: Any = None
-        self.logits_RV = torch.empty(0, policy.vocab_size, device=device)
+        self.logits_RV = torch.empty(0, policy.vocab_size, dtype=policy.precision, device=device)
         self.mask_RL = torch.empty(0, 0, dtype=torch.int64, device=device)
         self.token_RM = torch.empty(0, max_new_tokens, dtype=torch.int64, device=device)
-        self.logprob_RM = torch.empty(0, max_new_tokens, device=device)
+        self.logprob_RM = torch.empty(0, max_new_tokens, dtype=policy.precision, device=device)
         self.draws_RM = torch.empty(0, max_new_tokens, dtype=torch.float64, device=device)
         # Columns: where the result goes, tokens so far, bound on tokens, finished or not.
         self.slot_R, self.length_R, self.limit_R, self.finished_R = torch.empty(4, 0, dtype=torch.int64, device=device)
