@@ -15,16 +15,8 @@ from tempo_engine.adapters import Lora, add_adapters
 
 ActivationCheckpointing = Literal["off", "selective", "full"]
 
-# What `selective` keeps: results that cost far more to compute than to store.
-_KEPT = frozenset({
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-})  # fmt: skip
+# What `selective` keeps, by name: results that cost far more to compute than to store.
+_KEPT = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_grouped_mm", "aten::_scaled_dot_product_", "flash_attn::")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,10 +43,20 @@ def tune_blocks(model: PreTrainedModel, how: BlockOptions) -> None:
         for module in [*blocks_of(model), *cast(PreTrainedModel, model.base_model).children()]:
             module.forward = _in_float64(module.forward)
     for block in blocks_of(model):
+        if how.compile:
+            block.forward = _compiled(block.forward)
         if how.activation_checkpointing != "off":
             block.forward = _recomputed(block.forward, how.activation_checkpointing)
-        if how.compile:
-            block.compile(dynamic=True)
+
+
+def _compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled for training only: with a cache, whose place differs from block to block, each block would be another graph."""
+    fast = torch.compile(forward, dynamic=True)
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        return (forward if kwargs.get("past_key_values") is not None else fast)(*args, **kwargs)
+
+    return chosen
 
 
 def _recomputed(forward: Callable[..., Any], mode: ActivationCheckpointing) -> Callable[..., Any]:
@@ -70,8 +72,13 @@ def _recomputed(forward: Callable[..., Any], mode: ActivationCheckpointing) -> C
     return recomputed
 
 
+def is_kept(name: str) -> bool:
+    """Whether `selective` checkpointing keeps the result of an operation: `aten::mm`, `flash_attn::_flash_attn_varlen_forward`."""
+    return name.split(".")[0].startswith(_KEPT)
+
+
 def _keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if is_kept(op.name()) else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 class _Float64(TorchFunctionMode):

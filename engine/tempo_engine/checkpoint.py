@@ -33,6 +33,7 @@ from tempo_engine import parallel
 from tempo_engine.errors import UserError
 
 PREFIX = "step-"
+MOVED = ".moved-"
 FILE_BYTES = 256 << 20  # what a rank writes into one file, about: files are put together in host memory
 MARGIN_BYTES = 16 << 20  # headers, state and manifest
 
@@ -107,6 +108,12 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob(f"{PREFIX}*") if path.is_dir())
 
 
+def has_any(folder: Path) -> bool:
+    """Whether there is a checkpoint, whole or damaged."""
+    _put_back(folder)
+    return bool(list_checkpoints(folder))
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, in words; None when every file has the size and hash of its manifest.
 
@@ -126,7 +133,12 @@ def newest(folder: Path, warn: Callable[[str], Any] = print) -> Path:
 
     Raises UserError when there is none.
     """
-    for name in parallel.from_main(lambda: [path.name for path in reversed(list_checkpoints(folder))]):
+
+    def names_found() -> list[str]:
+        _put_back(folder)
+        return [path.name for path in reversed(list_checkpoints(folder))]
+
+    for name in parallel.from_main(names_found):
         problem = damage(folder / name)
         if problem is None:
             return folder / name
@@ -202,19 +214,25 @@ class _Write:
         (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         for path in (temporary / "state.json", temporary / "manifest.json", temporary):
             _flush(path)
-        if (
-            final.exists()
-        ):  # out of the way in one step, so that a kill never leaves half a checkpoint under a good name
-            final.rename(self.folder / f".writing-old-{os.getpid()}")
+        if final.exists():  # out of the way in one step: a kill never leaves half a checkpoint under a good name
+            final.rename(self.folder / f"{MOVED}{final.name}")
         temporary.rename(final)
         _flush(self.folder)
         # Folders of later steps are damaged ones that a resume skipped: they do not count, and this run writes them anew.
         older = [path for path in list_checkpoints(self.folder) if path.name < final.name]
         for old in older[: len(older) - keep + 1]:
             old.rename(self.folder / f".writing-old-{old.name}")
-        for old in self.folder.glob(".writing-old-*"):
+        for old in (*self.folder.glob(".writing-old-*"), *self.folder.glob(f"{MOVED}*")):
             shutil.rmtree(old)
         return final.name
+
+
+def _put_back(folder: Path) -> None:
+    """Checkpoints that were moved out of the way of one of the same step, which then was not published."""
+    for moved in folder.glob(f"{MOVED}*"):
+        final = folder / moved.name.removeprefix(MOVED)
+        if not final.exists():
+            moved.rename(final)
 
 
 def _make_room(folder: Path, num_bytes: int) -> Path:
@@ -223,6 +241,7 @@ def _make_room(folder: Path, num_bytes: int) -> Path:
     Raises UserError when the disk cannot take `num_bytes`.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _put_back(folder)
     for leftover in folder.glob(".writing-*"):
         shutil.rmtree(leftover)
     free, needed = shutil.disk_usage(folder).free, num_bytes + num_bytes // 50 + MARGIN_BYTES
@@ -273,6 +292,10 @@ class _HashedFile(io.BufferedWriter):
     def __init__(self, raw: io.FileIO) -> None:
         super().__init__(raw)
         self.num_bytes, self.sha = 0, hashlib.sha256()
+
+    def fileno(self) -> int:
+        self.flush()  # torch asks for it to fsync, which does not know what is still buffered here
+        return super().fileno()
 
     def write(self, data: Any) -> int:
         self.sha.update(data)

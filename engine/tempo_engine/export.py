@@ -27,7 +27,7 @@ from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.model import Critic, Policy, ValueHead, trunk_of
 from tempo_engine.parallel import Sharding
 from tempo_engine.tokenizer import load_tokenizer
-from tempo_engine.weights import blank_like, create_causal_lm, fill_from, make_room
+from tempo_engine.weights import blank_like, create_causal_lm, fill_from, make_room, named_weights, without_memory
 
 MAX_SHARD_SIZE = "5GB"  # of a file
 # The layer that turns hidden states into labels, in the token-classification models of transformers.
@@ -122,7 +122,7 @@ def _frozen_model(skeleton: Path, dtype: torch.dtype, frozen: Frozen | None) -> 
     config = AutoConfig.from_pretrained(skeleton, local_files_only=True)
     if frozen:
         dtype = torch.promote_types(dtype, torch.float32)
-    with torch.device("meta"):
+    with without_memory():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.generation_config = GenerationConfig.from_pretrained(skeleton, local_files_only=True)
     if frozen:
@@ -140,8 +140,12 @@ def _frozen_model(skeleton: Path, dtype: torch.dtype, frozen: Frozen | None) -> 
 
 
 def _read_trained(saved: Path, prefix: str, model: nn.Module) -> None:
-    wanted = {f"{prefix}{name}": p for name, p in model.named_parameters() if p.requires_grad}
-    missing = wanted.keys() - checkpoint.load_tensors(saved, dict(wanted))
+    """Parameters that are trained, and buffers."""
+    trained = {
+        name: x for name, x in named_weights(model).items() if x.requires_grad or not isinstance(x, nn.Parameter)
+    }
+    wanted = {f"{prefix}{name}": x.detach() for name, x in trained.items()}
+    missing = wanted.keys() - checkpoint.load_tensors(saved, wanted)
     if missing:
         raise UserError(f"{saved} lacks {len(missing)} weights of the run's model, {min(missing)} for one")
 
@@ -156,7 +160,7 @@ def _read_critic(folder: Path, trunk: PreTrainedModel | None, head: ValueHead) -
         ours: dict[str, Tensor] = {}
         if trunk is not None:
             prefix = f"{trunk.base_model_prefix}." if layer else ""
-            ours = {prefix + file_name(n): p for n, p in trunk.named_parameters() if not is_adapter(n)}
+            ours = {prefix + file_name(n): x for n, x in named_weights(trunk).items() if not is_adapter(n)}
         own_head = {f"{layer}{n}": torch.empty(names[f"{layer}{n}"], dtype=p.dtype) for n, p in head.named_parameters()}
         odd = (ours | own_head).keys() ^ names.keys()
         if trunk is not None and odd:
@@ -222,7 +226,7 @@ def _classifier(trunk: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedM
 @torch.no_grad()
 def _whole_weights(model: PreTrainedModel, dtype: torch.dtype, lora: Lora | None) -> dict[str, Tensor]:
     """All weights by their names in a file, adapters added to what they adapt (W + alpha / rank B A): on the main rank, else {}."""
-    named, kept = dict(model.named_parameters()), {}
+    named, kept = named_weights(model), {}
     for name, parameter in named.items():
         if is_adapter(name):
             continue

@@ -25,6 +25,8 @@ from tempo_engine.weights import blank_like, copy_weights, fill_from, is_blank, 
 
 R = TypeVar("R")
 
+PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
+
 
 class Scope(nn.Module):
     """What FSDP wraps: a function called through it sees the whole weights, and its gradients come back as shards."""
@@ -44,23 +46,39 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
     return cast(PreTrainedModel, model.base_model)
 
 
-def hidden_states(trunk: nn.Module, batch: PackedBatch, index: Tensor) -> Tensor:
+def hidden_states(trunk: PreTrainedModel, batch: PackedBatch, index: Tensor) -> Tensor:
     """Last hidden states at the chosen packed positions, [len(index), D].
 
-    FlashAttention reads the packed row as it is (transformers finds the boundaries from position_ids that start again at 0);
+    FlashAttention reads the packed row as it is;
     elsewhere the sequences are padded on the right, which causal attention cannot see.
     """
     if reads_packed(trunk):
-        hidden = trunk(input_ids=batch.input_ids_N[None], position_ids=batch.position_N[None], use_cache=False)
+        # With the boundaries given, no layer has to find them in position_ids, for which the host would wait each time.
+        cu_seqlens_S1, longest = batch.cu_seqlens_S1.to(torch.int32), int(batch.length_S.max())
+        hidden = trunk(
+            input_ids=batch.input_ids_N[None],
+            position_ids=batch.position_N[None],
+            cu_seq_lens_q=cu_seqlens_S1,
+            cu_seq_lens_k=cu_seqlens_S1,
+            max_length_q=longest,
+            max_length_k=longest,
+            use_cache=False,
+        )
         return hidden.last_hidden_state[0][index]
     ids_BL, index_N = batch.padded()
     hidden = trunk(input_ids=ids_BL, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[index_N[index]]
 
 
-def reads_packed(trunk: nn.Module) -> bool:
-    """Whether sequences go through the trunk end to end (FlashAttention's varlen kernels) or padded to a rectangle."""
-    return cast(Any, trunk).config._attn_implementation == "flash_attention_2"
+def reads_packed(trunk: PreTrainedModel) -> bool:
+    """Whether sequences go through the trunk end to end (FlashAttention's varlen kernels) or padded to a rectangle.
+
+    Convolutions and recurrent layers would carry their state from one sequence into the next, so models with those are padded.
+    """
+    has_attention_only = not getattr(trunk, "_is_stateful", False) and PACKED_LAYERS.issuperset(
+        getattr(trunk.config, "layer_types", None) or ()
+    )
+    return trunk.config._attn_implementation == "flash_attention_2" and has_attention_only
 
 
 class Policy:
@@ -110,16 +128,25 @@ class Policy:
 
     @torch.no_grad()
     def check_head(self) -> None:
-        """Raises UserError when trunk and LM head do not reproduce the model's own logits: some architectures scale them."""
+        """Raises UserError when the LM head does not reproduce the model's own logits: some architectures scale them.
+
+        Also the first forward through the scope, which FSDP takes for the root of all: later ones may begin at a block.
+        """
         ids = torch.arange(4, device=self.device)[None] % self.vocab_size
+        hidden: list[Tensor] = []
+        catch = self.trunk.register_forward_hook(
+            lambda module, args, output: hidden.append(output.last_hidden_state[0])
+        )
 
         def both() -> tuple[Tensor, Tensor]:
-            hidden = self.trunk(input_ids=ids, use_cache=False).last_hidden_state[0]
-            return self.model(input_ids=ids, use_cache=False).logits[0].to(self.precision), self.logits(hidden)
+            own = self.model(input_ids=ids, use_cache=False).logits[0].to(self.precision)
+            return own, self.logits(hidden[0])
 
         own, ours = self.scope(both)
+        catch.remove()
         parallel.release(self.scope)
-        if not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+        tolerance = 1e-3 if self.sharding.compute == self.precision else 3e-2
+        if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance):
             raise UserError(
                 f"{type(self.model).__name__} changes its logits after the LM head in a way this engine does not know "
                 f"(largest difference {float((own - ours).abs().max()):.3g}); use another architecture"
@@ -244,9 +271,13 @@ class Critic:
             part = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind))
             if micro.counts:
                 value_TS[segment_index(batch.cu_values_S1, micro.rows)] = part
-        for scope in (self.scope, self.policy.scope):
-            parallel.release(scope)
+        self.release()
         return parallel.add_up(value_TS)
+
+    def release(self) -> None:
+        """Back to shards after forwards without a backward, those of a shared trunk included."""
+        parallel.release(self.scope)
+        parallel.release(self.policy.scope)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that are trained."""

@@ -5,6 +5,7 @@ weights, gradients and optimiser states into shards (FSDP2), and rows of a batch
 whole minibatch before they are computed, so that ranks, like micro-batches, only add up.
 """
 
+import functools
 import heapq
 import json
 import os
@@ -51,6 +52,7 @@ def stop() -> None:
         if world_size() > 1:
             dist.barrier()
         dist.destroy_process_group()
+        _mesh.cache_clear()
 
 
 def _backend(device: torch.device) -> str:
@@ -174,8 +176,9 @@ class Sharding:
 
     @property
     def is_needed(self) -> bool:
-        """Whether FSDP is: with one process only for mixed precision, which it does for any number of them."""
-        return world_size() > 1 or self.compute in (torch.bfloat16, torch.float16)
+        """Whether FSDP is: with one process only for what it does for any number of them, mixed precision and offload."""
+        is_mixed = self.compute in (torch.bfloat16, torch.float16)
+        return world_size() > 1 or is_mixed or self.offload or self.replicas > 1
 
     @property
     def storage(self) -> torch.dtype:
@@ -217,6 +220,7 @@ def _reshards(how: Sharding) -> bool:
     return how.reshard_after_forward and world_size() > 1
 
 
+@functools.cache  # models share their groups, and with them NCCL's communicators
 def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
     if not dist.is_initialized():  # mixed precision in a single process: a group of one, without a port
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]

@@ -103,6 +103,7 @@ def fit_critic(
             bins_3B = bins_3B + loss.bins_3B
         norm = take_step(optimizer, "critic", batch.select(rows), return_S=return_S[rows])
         metrics.end_step({"critic/grad_norm": norm})
+    critic.release()
     return critic_metrics(metrics.means(), parallel.add_up(bins_3B))
 
 

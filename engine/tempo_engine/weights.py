@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tempo_engine import checkpoint, parallel
@@ -38,12 +38,9 @@ def load_whole(auto_class: Any, path: Path, **options: Any) -> PreTrainedModel:
         path, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
     )
     if report["missing_keys"]:
-        raise _lacks(path, set(report["missing_keys"]), type(model).__name__)
+        missing = sorted(report["missing_keys"])
+        raise UserError(f"{path} lacks {len(missing)} weights of a {type(model).__name__}, {missing[0]} for one")
     return model
-
-
-def _lacks(path: Path, missing: set[str], model: str) -> UserError:
-    return UserError(f"{path} lacks {len(missing)} weights of a {model}, {min(missing)} for one")
 
 
 def load_causal_lm(path: Path, *, dtype: torch.dtype, attention: Attention) -> PreTrainedModel:
@@ -57,9 +54,9 @@ def load_causal_lm(path: Path, *, dtype: torch.dtype, attention: Attention) -> P
 
 
 def blank_causal_lm(path: Path, *, dtype: torch.dtype, attention: Attention) -> PreTrainedModel:
-    """The same model on the meta device: shapes without memory. `fill_from` gives it its weights once it is sharded."""
+    """The same model without memory for its weights. `fill_from` gives it those once it is sharded."""
     require_model_directory(path)
-    with _usable(path), torch.device("meta"):
+    with _usable(path), without_memory():
         config = AutoConfig.from_pretrained(path, local_files_only=True)
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
 
@@ -93,10 +90,27 @@ def create_causal_lm(config: dict[str, Any], *, dtype: torch.dtype, attention: A
 # --- Models without memory ---------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Parameters of modules made inside are on the meta device; buffers, which often are in no file, get their values as ever."""
+    register = nn.Module.register_parameter
+
+    def register_blank(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one that is there already is being tied
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register(self, name, param)
+
+    nn.Module.register_parameter = register_blank
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
 def blank_like(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of the same class and config on the meta device."""
-    with torch.device("meta"):
-        return type(model)._from_config(copy.deepcopy(model.config), dtype=dtype)
+    """A model of the same class and config without memory for its weights."""
+    with without_memory():
+        return type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).eval()
 
 
 def is_blank(model: nn.Module) -> bool:
@@ -110,33 +124,39 @@ def is_tied(model: PreTrainedModel) -> bool:
 
 
 def make_room(model: PreTrainedModel, device: torch.device, how: Sharding) -> None:
-    """Give a blank model, sharded or not, memory for its weights, and its buffers their values."""
+    """Give a blank model, sharded or not, memory for its weights."""
     was_tied = is_tied(model)
-    model.to_empty(device="cpu" if how.offload and how.is_needed else device)
+    home = "cpu" if how.offload and how.is_needed else device
+    model._apply(lambda x: torch.empty_like(x, device=home) if x.is_meta else x.to(device))
     if was_tied and not is_tied(model):
         model.tie_weights()
-    for module in model.modules():
-        if any(True for _ in module.buffers(recurse=False)):  # rotary frequencies: in no file, computed from the config
-            for name, buffer in module.named_buffers(recurse=False):
-                setattr(module, name, buffer.to(device))
-            model._init_weights(module)
+
+
+def named_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and the buffers that belong into a file."""
+    buffers = {name: x for name, x in model.state_dict(keep_vars=True).items() if not isinstance(x, nn.Parameter)}
+    return {**dict(model.named_parameters()), **buffers}
 
 
 def fill_from(model: PreTrainedModel, path: Path) -> None:
     """Weights from the safetensors files of a Hugging Face directory; each rank reads the slices of its own shards.
 
-    Raises UserError when the directory lacks weights of the model.
+    Where files name or cut weights otherwise than the model in memory (mixtures of experts), transformers converts them: each
+    rank then holds the whole model in host memory for a while. Raises UserError when the directory lacks weights of the model.
     """
-    wanted = {file_name(name): p.detach() for name, p in model.named_parameters() if not is_adapter(name)}
+    wanted = {file_name(name): x.detach() for name, x in named_weights(model).items() if not is_adapter(name)}
     with _usable(path):
-        missing = wanted.keys() - checkpoint.load_tensors(path, wanted)
-    if missing:
-        raise _lacks(path, set(missing), type(model).__name__)
+        if wanted.keys() <= checkpoint.names(path).keys():
+            checkpoint.load_tensors(path, wanted)
+            return
+        whole = named_weights(load_whole(AutoModelForCausalLM, path, dtype=model.dtype))
+        for name, x in wanted.items():
+            parallel.assign(x, whole[name].detach())
 
 
 @torch.no_grad()
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
-    """Parameters of a model into another one of the same architecture that is sharded in the same way."""
-    theirs = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        parallel.local(parameter).copy_(parallel.local(theirs[name]))
+    """Weights of a model into another one of the same architecture that is sharded in the same way."""
+    theirs = named_weights(source)
+    for name, x in named_weights(target).items():
+        parallel.local(x).copy_(parallel.local(theirs[name]))

@@ -78,7 +78,11 @@ def train_command(
     from tempo_em.train import Training
 
     training = Training(resolved, run_dir, make_display(), resume=resume is not None, start_from=start)
-    summary = training.run()
+    try:
+        summary = training.run()
+    except (Interrupted, NonFinite):  # all ranks end so, together
+        parallel.stop()
+        raise
     if parallel.is_main():
         console = Console()
         console.print(summary_table(summary["stages"]))

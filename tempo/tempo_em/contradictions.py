@@ -10,14 +10,19 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _critic(recipe)
     yield from _schedule(recipe)
     em, mstep = recipe.em, recipe.mstep
+    if recipe.model.compile and recipe.model.activation_checkpointing == "selective":
+        yield (
+            "model.activation_checkpointing selective chooses among operations, of which compiled blocks have none left; "
+            "use full or off with model.compile"
+        )
     if mstep.baseline == "group_mean" and em.labelled_share < 1 and em.group_size == 1:
         yield "a group mean of one response says nothing; raise em.group_size or choose another mstep.baseline"
     if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
         yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
     if mstep.importance != "none" and mstep.old_logprob == "sampler":
         yield (
-            f"mstep.importance {mstep.importance} corrects for the ratio of mstep.old_logprob to the sampler's log-probs, which is 1 "
-            "with old_logprob sampler; set old_logprob to trainer or importance to none"
+            f"mstep.importance {mstep.importance} corrects for the ratio of mstep.old_logprob to the sampler's "
+            "log-probs, which is 1 with old_logprob sampler; set old_logprob to trainer or importance to none"
         )
     if mstep.old_logprob == "sampler" and (recipe.rollout.top_p < 1 or recipe.rollout.top_k > 0):
         yield (

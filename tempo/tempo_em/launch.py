@@ -29,7 +29,8 @@ def launch(nproc: int, arguments: list[str]) -> int:
     if gpus and nproc > gpus:
         raise UserError(f"--nproc is {nproc}, but this machine has {gpus} GPUs; lower it")
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the ranks say what went wrong
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: ranks that share cores must not fight for them
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))  # ranks must not fight for cores
     with tempfile.TemporaryDirectory() as folder:
         code = Path(folder) / "code"
         os.environ[EXIT_CODE_FILE] = str(code)

@@ -21,7 +21,8 @@ from tempo_em.recipe import Recipe
 LOCK = ".lock"
 # Settings that change neither data nor method: a resumed run may differ in them.
 RESUME_MAY_CHANGE = (
-    "checkpoint.", "evaluation.every", "parallel.", "model.activation_checkpointing", "model.compile", "threads",
+    "checkpoint.", "evaluation.every", "parallel.", "threads",
+    "micro_batch_tokens", "model.activation_checkpointing", "model.compile",
 )  # fmt: skip
 # What happens before the EM loop: runs that start from the same point agree in these.
 START_MUST_SHARE = ("seed", "model.", "critic.", "data.", "rollout.", "cold_start.", "initialisation.")
@@ -107,7 +108,9 @@ def begin_folder(resolved: ResolvedRecipe, run_dir: Path, device: torch.device) 
     run_dir.mkdir(parents=True, exist_ok=True)
     for leftover in ("metrics.jsonl", "samples.jsonl", "rollouts.json"):
         (run_dir / leftover).unlink(missing_ok=True)
-    (run_dir / "recipe.yaml").write_text(resolved.to_yaml(), encoding="utf-8")
+    temporary = run_dir / ".recipe.yaml"
+    temporary.write_text(resolved.to_yaml(), encoding="utf-8")
+    temporary.replace(run_dir / "recipe.yaml")
     packages = {name: version(name) for name in ("tempo-engine", "torch", "transformers", "safetensors", "numpy")}
     environment = {
         "argv": sys.argv[1:], "python": platform.python_version(), "platform": platform.platform(), **packages,

@@ -16,7 +16,7 @@ from tempo_engine.evaluate import evaluate
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
-from tempo_engine.weights import copy_weights
+from tempo_engine.weights import copy_weights, named_weights
 
 from tempo_em.build import Parts, build
 from tempo_em.console import Display, Silence, evaluation_line
@@ -97,6 +97,7 @@ class Training:
             self.checkpoints.finish()
             return self._finish()
         except NonFinite as stop:
+            self.checkpoints.finish()
             self._keep_batch(stop)
             raise
         finally:
@@ -107,6 +108,8 @@ class Training:
 
     def _begin_from_cold_start(self) -> None:
         """What was copied from the untrained policy is copied again from the one that reinforcement begins with."""
+        if self.parts.cold_start:
+            self.parts.cold_start.optimizer.adamw.state.clear()  # twice the weights in memory, for nothing
         if self.loop.critic:
             self.loop.critic.copy_trunk()
         if self.loop.reference:
@@ -228,15 +231,26 @@ class Training:
             tensors |= {f"{owner}/{name}": value for name, value in optimizer.state().items()}
         return tensors
 
-    def _weights(self) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    def _weights(self) -> dict[str, list[tuple[str, torch.Tensor]]]:
+        """What is trained, and buffers; of the reference the same as of the policy."""
         loop = self.loop
-        weights = {"policy": loop.policy.parameters()}
-        if loop.critic:
-            weights["critic"] = loop.critic.parameters()
+        trained = {name for name, _ in loop.policy.parameters()}
+        models: dict[str, torch.nn.Module] = {"policy": loop.policy.model}
         if loop.reference:  # frozen, but not what any file says: it may have been copied after the cold start
-            trained = dict(loop.policy.parameters())
-            named = loop.reference.model.named_parameters()
-            weights["reference"] = [(name, p) for name, p in named if name in trained]
+            models["reference"] = loop.reference.model
+        weights = {
+            owner: [
+                (name, x)
+                for name, x in named_weights(model).items()
+                if name in trained or not isinstance(x, torch.nn.Parameter)
+            ]
+            for owner, model in models.items()
+        }
+        if loop.critic:
+            buffers = [
+                (n, x) for n, x in named_weights(loop.critic.scope).items() if not isinstance(x, torch.nn.Parameter)
+            ]
+            weights["critic"] = [*loop.critic.parameters(), *buffers]
         return weights
 
     def _optimizers(self) -> dict[str, Optimizer]:

@@ -54,6 +54,14 @@ def test_a_kl_run_keeps_its_reference_in_the_checkpoint(train: Train) -> None:
     assert all(row["actor/kl_loss"] >= 0 for row in rows(training) if row.get("stage") == "em")
 
 
+def test_weights_are_saved_in_float32_when_the_model_computes_in_bfloat16(train: Train) -> None:
+    """Also after a critic on the policy's trunk has read it without a backward."""
+    training = train("model.dtype=bfloat16", "critic.backbone=shared", "em.iterations=1")
+    (file,) = list_checkpoints(training.run_dir / "checkpoints")[-1].glob("*.safetensors")
+    saved = {name: tensor.dtype for name, tensor in load_file(file).items() if name.startswith(("policy/", "critic/"))}
+    assert set(saved.values()) == {torch.float32}
+
+
 def test_adapters_train_while_the_weights_stay(train: Train) -> None:
     training = train("model.lora={rank: 4, alpha: 8}")
     trained = [name for name, _ in training.loop.policy.parameters()]
