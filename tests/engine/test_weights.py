@@ -1,13 +1,13 @@
 """A model that is made without memory and then filled must be the model that transformers loads."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tempo_engine.errors import UserError
-from tempo_engine.model import Critic, Policy, reads_packed
+from tempo_engine.model import Critic, Policy, reads_packed, trunk_of
 from tempo_engine.weights import blank_causal_lm, create_causal_lm, is_blank, load_causal_lm, named_weights
 
 CONFIG: dict[str, Any] = {
@@ -60,8 +60,6 @@ def test_a_critic_and_a_reference_begin_as_exact_copies(folder: Path) -> None:
 
 
 def test_a_directory_that_lacks_weights_fills_no_model(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     create_causal_lm(CONFIG | MODELS["tied"], dtype=torch.float32, attention="sdpa", seed=0).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if "layers.1" not in k}, file, {"format": "pt"})
@@ -78,10 +76,10 @@ def test_a_directory_that_lacks_weights_fills_no_model(tmp_path: Path) -> None:
     ],
 )
 def test_only_models_made_of_attention_read_sequences_end_to_end(
-    monkeypatch: pytest.MonkeyPatch, make_policy: Callable[..., Policy], model: dict[str, Any], packed: bool
+    monkeypatch: pytest.MonkeyPatch, model: dict[str, Any], packed: bool
 ) -> None:
     created = create_causal_lm(CONFIG | model, dtype=torch.float32, attention="sdpa", seed=0)
-    trunk = created.base_model
+    trunk = trunk_of(created)
     assert not reads_packed(trunk)
     monkeypatch.setattr(trunk.config, "_attn_implementation", "flash_attention_2")
     assert reads_packed(trunk) == packed

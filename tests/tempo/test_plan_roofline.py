@@ -120,3 +120,14 @@ def test_a_layout_divides_rows_over_ranks_and_micro_batches() -> None:
     # 64 rows in 2 steps over 2 ranks: 16 each, one of 32 tokens at a time
     assert (update.num_rows, update.num_steps, update.micro_batches, update.micro_rows) == (64, 2, 16, 1)
     assert layout.critic_update().micro_batches == 16
+
+
+def test_ranks_without_rows_do_not_make_a_step_quicker() -> None:
+    # 32 rows a step: 64 ranks have one row or none, and so have 32
+    assert seconds(plan(nodes=8), "policy update")["compute"] == seconds(plan(nodes=4), "policy update")["compute"]
+
+
+def test_a_critic_on_the_policys_trunk_goes_forward_only() -> None:
+    shared = plan(("critic.backbone", "shared"))
+    assert flops(shared, "critic update") == 32 * forward_flops(shared.layout)
+    assert seconds(shared, "values")["links"] == pytest.approx(seconds(plan(), "log-probs")["links"])

@@ -1,0 +1,36 @@
+"""What a run still needs: a recipe for a published model can be checked before its weights and data are downloaded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from tempo_em.plan.configs import model_config
+from tempo_em.plan.layout import check_positions
+from tempo_em.recipe import JsonlSource, Recipe
+
+
+def before_training(recipe: Recipe) -> list[str]:
+    """Where to put what is missing, when the recipe names a model whose weights are not there but whose config is packaged; else
+    nothing, and building the run's parts says what is wrong.
+
+    Raises UserError for a model that nobody knows, and for samples longer than the model's positions.
+    """
+    path = recipe.model.path
+    if path is None or path.exists():
+        return []
+    config, _ = model_config(recipe)
+    limit = config.get("max_position_embeddings")
+    check_positions(recipe.rollout.max_prompt_tokens + recipe.rollout.max_new_tokens, limit)
+    return [f"put the weights of {path.name} (a Hugging Face directory with safetensors) at {path}", *_missing(recipe)]
+
+
+def _missing(recipe: Recipe) -> Iterator[str]:
+    if recipe.critic.path is not None and not recipe.critic.path.exists():
+        yield f"put the exported critic at {recipe.critic.path}"
+    sources = {"labelled": recipe.data.labelled, "unlabelled": recipe.data.unlabelled}
+    sources |= {f"evaluation.{name}": source for name, source in recipe.data.evaluation.items()}
+    files: dict[Path, list[str]] = {}
+    for name, source in sources.items():
+        if isinstance(source, JsonlSource) and not source.jsonl.is_file():
+            files.setdefault(source.jsonl, []).append(f"data.{name}")
+    for file, names in files.items():
+        yield f"put the questions of {' and '.join(names)} at {file}"
