@@ -329,7 +329,8 @@ def whiten(
     eps: float = 1e-8,
     statistics: Moments | None = None,
 ) -> Tensor:
-    """(A - mean) / sqrt(var + eps), with mean and (unbiased) variance taken over each population by itself, [T] float32 (float64 for float64).
+    """(A - mean) / sqrt(var + eps), with mean and (unbiased) variance taken over each population by itself, [T] float32 (or
+    float64).
 
     `population_T` numbers each token's population from 0: all zeros for one population, is_labelled for two, the number of the
     prompt for groups. With `center=False` A is only divided by its scale, sqrt(mean(A^2) + eps), which keeps its sign. A
