@@ -70,7 +70,7 @@ MINIATURE = {
 
 
 def recipe_of(case: str, **changes: int) -> Recipe:
-    """16 labelled and 16 unlabelled rows of 64 + 192 tokens, micro-batches of 4 (halves: 2). `changes` are made to the model's config."""
+    """16 labelled and 16 unlabelled rows of 64 + 192 tokens, micro-batches of 4 (halves: 2); `changes` to the model's config."""
     config, settings = CASES[case]
     source = {"generator": "sums", "count": 32}
     fields: dict[str, Any] = {
