@@ -117,7 +117,7 @@ def test_whitening_matches_float64_whatever_the_populations(T, dtype, center):
     advantage_T, population_T = (torch.randn(T) * 2 + 3).to(dtype), torch.randint(2, (T,)) * 3
     population_T[T // 2 : T // 2 + 1] = 2
     got, true = (whiten(x, population_T, center=center) for x in (advantage_T, advantage_T.double()))
-    assert torch.allclose(got, true, rtol=2e-6, atol=2e-6)
+    assert torch.allclose(got.double(), true, rtol=2e-6, atol=2e-6)
 
 
 def test_equal_advantages_whiten_to_0_in_blocks_and_sequences_alike():
@@ -132,7 +132,7 @@ def test_a_small_spread_beside_a_large_mean_keeps_its_digits():
     advantage_T, zero_T = torch.randn(300) * 0.01 + 100, torch.zeros(300, dtype=torch.int64)
     got, true = (whiten(x, zero_T) for x in (advantage_T, advantage_T.double()))
     # half a last place of 100 is 4e-6, beside 0.01
-    assert torch.allclose(got, true, rtol=1e-4, atol=1e-3)
+    assert torch.allclose(got.double(), true, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
