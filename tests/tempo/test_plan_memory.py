@@ -106,7 +106,13 @@ TOTAL = TRUNK + 1000 * 128
 
 @pytest.mark.parametrize(
     "setting",
-    ["model.attention=sdpa", "model.attention=eager", "model.activation_checkpointing=full", "mstep.minibatches=8"],
+    [
+        "model.attention=sdpa",
+        "model.attention=eager",
+        "model.activation_checkpointing=full",
+        "mstep.minibatches=8",
+        "model.lora.rank=4",
+    ],
 )
 def test_a_real_iteration_needs_the_memory_that_was_planned(setting: str) -> None:
     planned = layout(setting)
