@@ -13,6 +13,7 @@ from tempo_em.plan.machine import machine_named
 from tempo_em.plan.sampling import sampling
 from tempo_em.plan.shape import FAMILIES, shape_of
 from tempo_em.recipe import Recipe
+from tempo_engine.adapters import Lora, add_adapters
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.updates import fit_critic, improve_policy
@@ -60,6 +61,26 @@ def test_a_block_keeps_as_many_bytes_as_derived(model_type: str, dtype: torch.dt
         shape, compute=dtype.itemsize, attention=attention, checkpointing="off", row_tokens=TOKENS
     ).kept
     # four layers have all kinds of them: what all layers share is there already
+    assert (kept(8) - kept(4)) / 4 / ROWS / TOKENS == derived
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ("q_proj", "v_proj")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "olmo3"])
+def test_a_block_with_adapters_keeps_less(model_type: str, dtype: torch.dtype, targets: Any) -> None:
+    def kept(num_layers: int) -> int:
+        config = AutoConfig.for_model(
+            model_type, **SMALL, num_hidden_layers=num_layers, eos_token_id=None, pad_token_id=None
+        )
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+        add_adapters(model, Lora(rank=4, alpha=8, targets=targets))
+        return kept_by_autograd(model.to(dtype))
+
+    shape = shape_of({"model_type": model_type, **SMALL, "num_hidden_layers": 1}, "it")
+    derived = block_activations(
+        shape, compute=dtype.itemsize, attention="sdpa", checkpointing="off", row_tokens=TOKENS,
+        adapted=shape.adapted(targets), rank=4,
+    ).kept  # fmt: skip
     assert (kept(8) - kept(4)) / 4 / ROWS / TOKENS == derived
 
 

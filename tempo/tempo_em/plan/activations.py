@@ -9,7 +9,8 @@ sum keeps nothing; its result is the next norm's input. In float32 with the norm
     norm 1 D input + D normalised + 1, attention's input D, Q queries, K keys, K values, Q output, n logsumexp,
     norm 2 D input + D normalised + 1, the MLP's input D, F gate, F silu(gate), F up, F product:   6 D + 2 Q + 2 K + 4 F + n + 2
 
-The test compares these sums with the tensors that autograd really keeps.
+With adapters, frozen weights need no gradient: norms keep no normalised input, linear layers without an adapter no input, those
+with one also what its first matrix makes of it. The test compares these sums with the tensors that autograd really keeps.
 """
 
 # Shape letters: D = hidden size, F = intermediate size, Q = heads x head size, K = key/value heads x head size
@@ -39,11 +40,16 @@ def block_activations(
     attention: Literal["eager", "sdpa", "flash_attention_2"],
     checkpointing: Literal["off", "selective", "full"],
     row_tokens: int,
+    adapted: frozenset[str] | None = None,
+    rank: int = 0,
 ) -> BlockActivations:
-    """Of a token in a row of `row_tokens` tokens; `compute` is the bytes of a number in the computation."""
+    """Of a token in a row of `row_tokens` tokens; `compute` is the bytes of a number in the computation. `adapted`: linear layers
+    with adapters of this rank, when nothing else is trained."""
     D, Q, K = shape.hidden_size, shape.query_size, shape.kv_size
     F, routed = shape.intermediate_size, max(shape.experts_per_token, 1)
     everything = _kept(shape, compute, attention, row_tokens)
+    if adapted is not None:
+        everything -= _not_kept_frozen(shape, compute, adapted) - compute * rank * len(adapted)
     products = compute * (Q + 2 * K + D + 2 * F * routed + D * routed)
     attended = compute * Q + FLOAT32 * shape.num_heads
     if attention == "eager":  # both batched products: scores, and their sum over values
@@ -83,6 +89,20 @@ def _kept(shape: Shape, compute: int, attention: str, row_tokens: int) -> float:
         probabilities = FLOAT32 + (compute if compute != FLOAT32 else 0)
         attended = compute * (2 * Q + 2 * repeated) + probabilities * shape.num_heads * row_tokens
     return norms + attended + _mlp(shape, compute)
+
+
+def _not_kept_frozen(shape: Shape, compute: int, adapted: frozenset[str]) -> float:
+    """What of `_kept` only gradients of weights need, and frozen ones do not."""
+    D = shape.hidden_size
+    normalised = compute if shape.family.norm == "before" else FLOAT32
+    sizes = 2 * D + (0 if shape.family.qk_norm == "none" else shape.query_size + shape.kv_size)
+    saved: float = normalised * sizes
+    if not adapted & {"q_proj", "k_proj", "v_proj"}:
+        saved += compute * D
+    if not shape.num_experts:
+        saved += compute * D * (not adapted & {"gate_proj", "up_proj"})
+        saved += compute * shape.intermediate_size * ("down_proj" not in adapted)
+    return saved
 
 
 def _norms(count: int, size: int, shape: Shape, compute: int) -> float:

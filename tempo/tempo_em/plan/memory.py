@@ -114,13 +114,15 @@ def update_phase(layout: Layout, network: Network, work: Pass, name: str, *, rea
 
 
 def activations(layout: Layout) -> BlockActivations:
-    how = layout.recipe.model
+    how, lora = layout.recipe.model, layout.recipe.model.lora
     return block_activations(
         layout.shape,
         compute=layout.compute,
         attention=how.attention,
         checkpointing=how.activation_checkpointing,
         row_tokens=layout.row_tokens,
+        adapted=layout.shape.adapted(lora.targets) if lora else None,
+        rank=lora.rank if lora else 0,
     )
 
 

@@ -117,15 +117,19 @@ class Shape:
     def active(self) -> int:
         return self.total - self.num_layers * (self.block - self.active_block)
 
-    def adapters(self, rank: int, targets: str | tuple[str, ...]) -> int:
-        """Parameters of one block's low-rank adapters. Raises UserError for a target that no block has."""
+    def adapted(self, targets: str | tuple[str, ...]) -> frozenset[str]:
+        """Names of the linear layers that get adapters. Raises UserError for a target that no block has."""
         names = set(self.linears) if targets == "all-linear" else set(targets)
         if unknown := names - set(self.linears):
             raise UserError(
                 f"model.lora.targets has {', '.join(sorted(unknown))}; the linear layers of a {self.model_type} block are "
                 f"{', '.join(self.linears)}"
             )
-        return sum(rank * sum(self.linears[name]) for name in names)
+        return frozenset(names)
+
+    def adapters(self, rank: int, targets: str | tuple[str, ...]) -> int:
+        """Parameters of one block's low-rank adapters."""
+        return sum(rank * sum(self.linears[name]) for name in self.adapted(targets))
 
 
 def shape_of(config: dict[str, Any], where: str) -> Shape:
