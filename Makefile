@@ -3,8 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One pass over the sources decides whether the environment is stale.
 STAMP := .venv/.installed
+SGLANG := .venv/.sglang-cpu
 
-.PHONY: quickstart test lint bench-sampler compare clean
+.PHONY: quickstart sglang-cpu test lint bench-sampler compare clean
 
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 11) else "tempo-engine needs Python >= 3.11, found " + sys.version.split()[0] + "; set PYTHON=...")'
@@ -12,14 +13,21 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $(STAMP)
 
+$(SGLANG): $(STAMP) sglang-cpu.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement sglang-cpu.txt
+	touch $(SGLANG)
+
+# SGLang's server on a CPU, in the same .venv.
+sglang-cpu: $(SGLANG)
+
 quickstart: $(STAMP)
 	$(BIN)/tempo-engine train quickstart --resume auto
 
 # Two processes, one file each at a time: most tests keep one core busy.
-test: lint
+test: lint $(SGLANG)
 	$(BIN)/pytest -n 2 --dist loadfile
 
-lint: $(STAMP)
+lint: $(STAMP) $(SGLANG)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright

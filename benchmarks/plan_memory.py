@@ -108,7 +108,7 @@ def phases_of(recipe: Recipe) -> dict[str, Callable[[], Any]]:
 
     def rollouts(count: int) -> list[Rollout]:
         P, M = recipe.rollout.max_prompt_tokens, recipe.rollout.max_new_tokens
-        return [Rollout(Prompt(str(i), "", tuple(ids(P))), ids(M), [-5.0] * M, 0, True, "") for i in range(count)]
+        return [Rollout(Prompt(str(i), "", tuple(ids(P))), ids(M), [-5.0] * M, (), True, "") for i in range(count)]
 
     num_labelled = recipe.em.rollouts // 2
     labelled, everything = pack(rollouts(num_labelled)), pack(rollouts(recipe.em.rollouts))

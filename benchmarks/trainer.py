@@ -68,7 +68,7 @@ def lognormal(count: int) -> list[int]:
 
 
 def mixed(quick: bool) -> list[Row]:
-    work = Work(qwen3(256, 4, 8192), lognormal(256), 4096)
+    work = Work(qwen3(256, 4, 8192), lognormal(64), 4096)
     if quick:
         work = Work(qwen3(64, 2, 512), lognormal(24), 2048)
     repeats = 1 if quick else 5

@@ -96,7 +96,7 @@ class Work:
     def rollouts(self) -> list[Rollout]:
         rows = [(ids_L.tolist(), self.prompt_length(row)) for row, ids_L in enumerate(self.ids)]
         return [
-            Rollout(Prompt("", "", tuple(ids[:start])), ids[start:], [0.0] * (len(ids) - start), 0, False, "")
+            Rollout(Prompt("", "", tuple(ids[:start])), ids[start:], [0.0] * (len(ids) - start), (), False, "")
             for ids, start in rows
         ]
 

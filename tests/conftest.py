@@ -95,7 +95,7 @@ def make_rollouts() -> Callable[..., list[Rollout]]:
         for index, (prompt_length, response_length) in enumerate(lengths):
             prompt = Prompt(str(index), "", tuple(tokens(prompt_length)))
             ids = tokens(response_length)
-            rollouts.append(Rollout(prompt, ids, [-1.0] * len(ids), version=0, is_truncated=False, text=""))
+            rollouts.append(Rollout(prompt, ids, [-1.0] * len(ids), versions=(), is_truncated=False, text=""))
         return rollouts
 
     return make

@@ -1,4 +1,4 @@
-"""How a run ends early: by a mistake the user can mend, by a signal, by gradients that are not numbers."""
+"""How a run ends early: by a mistake the user can mend, by a signal, by gradients that are not numbers, by servers."""
 
 import signal
 from pathlib import Path
@@ -25,6 +25,15 @@ class NonFinite(Exception):
     def __init__(self, what: str, count: int, batch: dict[str, Any]) -> None:
         super().__init__(f"the gradient of the {what} was not finite in {count} steps in a row; none of them was taken")
         self.batch = batch
+
+
+class Halted(Exception):
+    """Rollout servers died too often or hold other weights than the trainer, or sampler and trainer disagree: somebody must look.
+
+    The run can go on from where it was.
+    """
+
+    code = 4
 
 
 def first_sentence(error: BaseException) -> str:

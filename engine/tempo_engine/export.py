@@ -27,7 +27,15 @@ from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.model import Critic, Policy, ValueHead, trunk_of
 from tempo_engine.parallel import Sharding
 from tempo_engine.tokenizer import load_tokenizer
-from tempo_engine.weights import blank_like, create_causal_lm, fill_from, make_room, named_weights, without_memory
+from tempo_engine.weights import (
+    blank_like,
+    create_causal_lm,
+    fill_from,
+    make_room,
+    named_weights,
+    whole_weights,
+    without_memory,
+)
 
 MAX_SHARD_SIZE = "5GB"  # of a file
 # The layer that turns hidden states into labels, in the token-classification models of transformers.
@@ -223,21 +231,9 @@ def _classifier(trunk: PreTrainedModel, dtype: torch.dtype) -> tuple[PreTrainedM
     raise ValueError(f"{type(model).__name__} has no linear score layer")
 
 
-@torch.no_grad()
 def _whole_weights(model: PreTrainedModel, dtype: torch.dtype, lora: Lora | None) -> dict[str, Tensor]:
-    """All weights by their names in a file, adapters added to what they adapt (W + alpha / rank B A): on the main rank, else {}."""
-    named, kept = named_weights(model), {}
-    for name, parameter in named.items():
-        if is_adapter(name):
-            continue
-        weight = parallel.whole(parameter)
-        stem = name.removesuffix("base_layer.weight")
-        if lora and stem != name:
-            a, b = (parallel.whole(named[f"{stem}lora_{x}.default.weight"]) for x in "AB")
-            weight = weight + lora.alpha / lora.rank * (b @ a)
-        if parallel.is_main():
-            kept[file_name(name)] = weight.detach().to("cpu", dtype)
-    return kept
+    """All weights by their names in a file, in host memory: on the main rank, else {}."""
+    return {name: x.cpu() for name, x in whole_weights(model, dtype, lora) if parallel.is_main()}
 
 
 def _save(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, *, as_published: bool) -> None:

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Literal, TypeVar, cast
@@ -22,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tempo_engine.errors import UserError
+from tempo_engine.errors import Halted, UserError
 
 T = TypeVar("T")
 
@@ -60,12 +61,25 @@ def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
+_is_alone: ContextVar[bool] = ContextVar("is_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this thread is the only process: for work beside that of the other ranks, who do not take part in it."""
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
 def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
+    return dist.get_rank() if dist.is_initialized() and not _is_alone.get() else 0
 
 
 def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() and not _is_alone.get() else 1
 
 
 def is_main() -> bool:
@@ -110,7 +124,7 @@ def together(costs: Sequence[int], work: Callable[[list[int]], list[Any]]) -> li
 def from_main(decide: Callable[[], T]) -> T:
     """What `decide` returns on the main rank, on every rank; the others do not call it. It must be JSON.
 
-    Raises UserError everywhere when it does so on the main rank.
+    Raises UserError or Halted everywhere when it does so on the main rank.
     """
     if world_size() == 1:
         return decide()
@@ -118,11 +132,11 @@ def from_main(decide: Callable[[], T]) -> T:
     if is_main():
         try:
             outcome = {"value": decide()}
-        except UserError as error:
-            outcome = {"error": str(error)}
+        except (UserError, Halted) as error:
+            outcome = {"error": str(error), "is_halted": isinstance(error, Halted)}
     outcome = _all_gather_json(outcome)[0]
     if "error" in outcome:
-        raise UserError(outcome["error"])
+        raise (Halted if outcome["is_halted"] else UserError)(outcome["error"])
     return outcome["value"]
 
 

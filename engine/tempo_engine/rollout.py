@@ -1,5 +1,7 @@
 """The hand-off types between prompts, samplers and updates. Labels live in `Labelled` and nowhere else."""
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,18 +29,23 @@ class Labelled:
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One sampled response: Rollout(prompt, response_ids=[7, 2], logprobs=[-0.1, -1.3], version=12, ...).
+    """One sampled response: Rollout(prompt, response_ids=[7, 2], logprobs=[-0.1, -1.3], versions=((12, 2),), ...).
 
     `response_ids` ends with the end-of-sequence token unless `is_truncated`. `logprobs` are those of the sampled tokens under
-    the sampling distribution, `version` names the weights that sampled them, `text` is the decoded response.
+    the sampling distribution, `text` is the decoded response. `versions` names the weights that sampled it: ((12, 40), (13, 100))
+    are version 12 for the first 40 tokens and 13 for the other 60.
     """
 
     prompt: Prompt
     response_ids: list[int]
     logprobs: list[float]
-    version: int
+    versions: tuple[tuple[int, int], ...]
     is_truncated: bool
     text: str
+
+    @property
+    def oldest_version(self) -> int:
+        return min(version for version, _ in self.versions)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,5 +53,19 @@ class Rollout:
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Rollout":
         prompt = fields["prompt"]
-        whole: dict[str, Any] = fields | {"prompt": Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])})}
+        whole: dict[str, Any] = fields | {
+            "prompt": Prompt(**prompt | {"token_ids": tuple(prompt["token_ids"])}),
+            "versions": tuple((version, end) for version, end in fields["versions"]),
+        }
         return Rollout(**whole)
+
+
+def response_names(prompts: Sequence[Prompt], group_size: int, occasion: str) -> list[str]:
+    """A name for each of a group's responses, the same wherever and with whatever others it is sampled: what its draws begin with."""
+    occurrence: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        for _ in range(group_size):
+            names.append(f"{occasion}/{prompt.id}/{occurrence[prompt.id]}")
+            occurrence[prompt.id] += 1
+    return names

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tempo_engine import checkpoint, parallel
-from tempo_engine.adapters import file_name, is_adapter
+from tempo_engine.adapters import Lora, file_name, is_adapter
 from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.parallel import Sharding
 
@@ -154,9 +154,34 @@ def fill_from(model: PreTrainedModel, path: Path) -> None:
             parallel.assign(x, whole[name].detach())
 
 
+def save_config(model: PreTrainedModel, folder: Path) -> None:
+    """config.json, which also names the class of the model."""
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+
+
 @torch.no_grad()
 def copy_weights(target: nn.Module, source: nn.Module) -> None:
     """Weights of a model into another one of the same architecture that is sharded in the same way."""
     theirs = named_weights(source)
     for name, x in named_weights(target).items():
         parallel.local(x).copy_(parallel.local(theirs[name]))
+
+
+@torch.no_grad()
+def whole_weights(model: PreTrainedModel, dtype: torch.dtype, lora: Lora | None) -> Iterator[tuple[str, Tensor]]:
+    """All weights, whole, one after the other, by their names in a file; adapters are added to what they adapt (W + alpha / rank B A).
+
+    Collective: every rank must walk through all of them.
+    """
+    named = named_weights(model)
+    for name, parameter in named.items():
+        if is_adapter(name):
+            continue
+        weight = parallel.whole(parameter)
+        stem = name.removesuffix("base_layer.weight")
+        if lora and stem != name:
+            a, b = (parallel.whole(named[f"{stem}lora_{x}.default.weight"]) for x in "AB")
+            weight = weight + lora.alpha / lora.rank * (b @ a)
+        yield file_name(name), weight.detach().to(dtype)

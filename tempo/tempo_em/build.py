@@ -15,7 +15,9 @@ from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer, schedule_factor
 from tempo_engine.parallel import Sharding
 from tempo_engine.rollout import Labelled, Prompt
+from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
+from tempo_engine.samplers.sglang import SGLangSampler
 from tempo_engine.tasks.answers import EXTRACTORS, Extract
 from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
@@ -36,6 +38,7 @@ from tempo_engine.weights import (
 from tempo_em.cold_start import ColdStart
 from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
 from tempo_em.schedule import EMLoop, Stage
+from tempo_em.servers import check_servers, sglang_options
 
 
 @dataclass(frozen=True)
@@ -84,17 +87,7 @@ def build(recipe: Recipe) -> Parts:
         critic = Critic(policy, backbone=recipe.critic.backbone, kind=recipe.critic.head)
         if recipe.critic.path:
             restore_critic(critic, recipe.critic.path)
-    sampler = LocalSampler(
-        stop_ids=stop_ids(policy, tokenizer),
-        decode=decoder(tokenizer),
-        max_new_tokens=recipe.rollout.max_new_tokens,
-        temperature=recipe.rollout.temperature,
-        top_p=recipe.rollout.top_p,
-        top_k=recipe.rollout.top_k,
-        max_running=recipe.rollout.max_running,
-        seed=recipe.seed,
-    )
-    sampler.load(policy)
+    sampler = _sampler(recipe, policy, tokenizer)
     loop = EMLoop(
         recipe=recipe,
         policy=policy,
@@ -236,6 +229,19 @@ def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
         )
     except RuntimeError as error:
         raise UserError(f"the model cannot run: {first_sentence(error)}; check the sizes in its config") from error
+
+
+def _sampler(recipe: Recipe, policy: Policy, tokenizer: Any) -> Sampler:
+    how = recipe.rollout
+    options: dict[str, Any] = {
+        "stop_ids": stop_ids(policy, tokenizer), "decode": decoder(tokenizer), "max_new_tokens": how.max_new_tokens,
+        "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "seed": recipe.seed,
+    }  # fmt: skip
+    if how.backend == "local":
+        return LocalSampler(**options, max_running=how.max_running)
+    servers = sglang_options(recipe, policy)
+    parallel.from_main(lambda: check_servers(servers, how.sglang.allowed_hosts))
+    return SGLangSampler(servers, **options)
 
 
 def stop_ids(policy: Policy, tokenizer: Any) -> list[int]:

@@ -55,7 +55,7 @@ class ColdStart:
         end = self.tokenizer.eos_token_id
         return pack(
             [
-                Rollout(Prompt(q.id, text, tuple(p)), [*t, end], [0.0] * (len(t) + 1), -1, False, trace)
+                Rollout(Prompt(q.id, text, tuple(p)), [*t, end], [0.0] * (len(t) + 1), (), False, trace)
                 for q, text, p, t, trace in zip(questions, texts, prompt_ids, trace_ids, traces, strict=True)
             ],
             self.policy.device,

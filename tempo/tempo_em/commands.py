@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -17,7 +18,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from rich.console import Console
-from tempo_engine.errors import Interrupted, NonFinite, UserError
+from tempo_engine.errors import Halted, Interrupted, NonFinite, UserError
 
 from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.launch import is_rank, launch, report_exit_code
@@ -37,7 +38,7 @@ def _exit_codes(command: Callable[P, int | None]) -> Callable[P, int]:
             code = command(*args, **kwargs) or 0
         except UserError as error:
             code, message = 2, str(error)
-        except (Interrupted, NonFinite) as stop:
+        except (Halted, Interrupted, NonFinite) as stop:
             code, message = stop.code, " ".join([str(stop), *getattr(stop, "__notes__", ())])
         if message and int(os.environ.get("LOCAL_RANK", 0)) == 0:  # ranks of a machine fail alike
             print(f"tempo-engine: {message}", file=sys.stderr, flush=True)
@@ -80,7 +81,7 @@ def train_command(
     training = Training(resolved, run_dir, make_display(), resume=resume is not None, start_from=start)
     try:
         summary = training.run()
-    except (Interrupted, NonFinite):  # all ranks end so, together
+    except (Halted, Interrupted, NonFinite):  # all ranks end so, together
         parallel.stop()
         raise
     if parallel.is_main():
@@ -142,13 +143,19 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
     loop = parts.loop
     critic = loop.critic if resolved.recipe.critic.path else None
     results: dict[str, dict[str, Any]] = {}
-    for evaluation_set in parts.evaluation_sets:
-        results[evaluation_set.name], _ = evaluate(
-            loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
-            num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
-            key="evaluation/eval",
-        )  # fmt: skip
-        print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
+    with tempfile.TemporaryDirectory() as folder:
+        loop.sampler.open(Path(folder), loop.policy)
+        try:
+            loop.sampler.load(loop.policy)
+            for evaluation_set in parts.evaluation_sets:
+                results[evaluation_set.name], _ = evaluate(
+                    loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
+                    num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
+                    key="evaluation/eval",
+                )  # fmt: skip
+                print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
+        finally:
+            loop.sampler.close()
     Console().print(summary_table({"now": results}))
     if json_file:
         json_file.write_text(json.dumps(plain(results), indent=1), encoding="utf-8")

@@ -9,6 +9,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for every contradiction in a recipe."""
     yield from _critic(recipe)
     yield from _schedule(recipe)
+    yield from _rollout(recipe)
     em, mstep = recipe.em, recipe.mstep
     if recipe.model.compile and recipe.model.activation_checkpointing == "selective":
         yield (
@@ -66,3 +67,33 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
         yield "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1"
     if em.labelled_share == 1 and not em.train_policy_on_labelled:
         yield "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained"
+
+
+def _rollout(recipe: Recipe) -> Iterator[str]:
+    rollout, servers = recipe.rollout, recipe.rollout.sglang
+    if rollout.backend == "local":
+        if rollout.ahead:
+            yield "rollout.ahead wants servers that sample while this process trains; use rollout.backend sglang"
+        return
+    if recipe.model.dtype == "float64":
+        yield "SGLang has no float64; use model.dtype float32 or bfloat16, or rollout.backend local"
+    if rollout.top_p < 1 and not 1 < rollout.top_k <= 4096:
+        yield (
+            "SGLang gives the log-probs of a truncated distribution only with top_k between 2 and 4096; "
+            "set rollout.top_k beside top_p"
+        )
+    if rollout.partial and not rollout.ahead:
+        yield "rollout.partial interrupts responses that are sampled ahead; set rollout.ahead to 1 or more"
+    if rollout.ahead and recipe.mstep.old_logprob == "trainer" and recipe.mstep.importance == "none":
+        yield (
+            "with rollout.ahead responses come from older weights, for which nothing corrects; set mstep.importance to "
+            "token or sequence, or mstep.old_logprob to sampler"
+        )
+    if rollout.ahead and recipe.estep.every and recipe.em.order == "lagged":
+        yield "rollout.ahead makes rollouts lag already; use em.order e_then_m"
+    if rollout.ahead and servers.sync in ("distributed", "tensor"):
+        yield f"with rollout.ahead a server that dies begins with weights on disk; set rollout.sglang.sync to disk, it is {servers.sync}"
+    if servers.sync == "tensor" and servers.servers != "auto":
+        yield "rollout.sglang.sync tensor hands pickles to children of this process only; use distributed or disk for URLs"
+    if servers.sync == "distributed" and servers.data_parallel > 1:
+        yield "rollout.sglang.sync distributed knows no data_parallel; use more replicas, or sync disk"

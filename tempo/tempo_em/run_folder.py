@@ -22,7 +22,7 @@ LOCK = ".lock"
 # Settings that change neither data nor method: a resumed run may differ in them.
 RESUME_MAY_CHANGE = (
     "checkpoint.", "evaluation.every", "parallel.", "threads",
-    "micro_batch_tokens", "model.activation_checkpointing", "model.compile",
+    "micro_batch_tokens", "model.activation_checkpointing", "model.compile", "rollout.sglang.", "rollout.mismatch.",
 )  # fmt: skip
 # What happens before the EM loop: runs that start from the same point agree in these.
 START_MUST_SHARE = ("seed", "model.", "critic.", "data.", "rollout.", "cold_start.", "initialisation.")

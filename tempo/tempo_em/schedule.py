@@ -1,22 +1,25 @@
 """The EM loop. One iteration reads as the paper's Algorithm 1 (arXiv 2604.19295); every method is a setting of its switches."""
 
 # Shape letters: T = packed response tokens, S = sequences
+import copy
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
+from tempo_engine.errors import Halted
 from tempo_engine.metrics import auroc
+from tempo_engine.mismatch import mismatch
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
 from tempo_engine.rollout import Labelled, Prompt, Rollout
 from tempo_engine.samplers import Sampler
-from tempo_engine.tasks.answers import Extract, score
+from tempo_engine.tasks.answers import Extract
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
 from tempo_kernels import advantage, group_advantage, split_values, whiten
@@ -24,11 +27,10 @@ from tempo_kernels.segments import segment_ids
 from torch import Tensor
 
 from tempo_em import posteriors
+from tempo_em.ahead import Ahead
+from tempo_em.asking import Asking, without_stale_groups
 from tempo_em.recipe import Recipe
 from tempo_em.waiting import Sampled, Waiting
-
-# Refilling after filtered groups stops here: a labelled set without signal must not hang the run.
-MAX_REFILLS = 10
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,16 @@ class Stage:
         return self.posterior == "critic" or self.baseline == "critic_prefix"
 
 
+@dataclass(frozen=True)
+class Scored:
+    """The M-step's rows, the denominator of its ratio, [T], and how it is to update. No rows: None."""
+
+    batch: PackedBatch | None
+    old_logprob_T: Tensor | None
+    update: PolicyUpdate
+    metrics: dict[str, float]
+
+
 @dataclass
 class EMLoop:
     """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak."""
@@ -70,82 +82,123 @@ class EMLoop:
     critic_update: CriticUpdate
     clock: Clock
     waiting: Waiting | None = None
+    note: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        self.ahead = Ahead(self.recipe.rollout.ahead)
 
     def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
-        """One EM iteration: sample, recalibrate the critic (E), refine the policy (M), hand the new weights to the sampler."""
+        """One EM iteration: sample from the policy, recalibrate the critic (E), refine the policy (M)."""
         key = f"{stage.name}/{iteration}"
         recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
         with self.clock.time("rollout"):
-            sampled = self.sample(stage, key)
+            sampled = self.sample(stage, iteration)
         labelled, unlabelled, reward_S = sampled.labelled, sampled.unlabelled, torch.tensor(sampled.rewards)
-        metrics = rollout_metrics(labelled, unlabelled)
+        metrics = rollout_metrics(labelled, unlabelled, self.policy.version)
         metrics |= {} if sampled.accuracy is None else {"critic/score/mean": sampled.accuracy}
         metrics |= {"rollout/responses": sampled.num_responses, "tokens/generated": sampled.num_tokens}
+        scored = self.score(stage, labelled, unlabelled, iteration)
+        metrics |= scored.metrics
         if recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
         if stage.improves_policy:
-            metrics |= self.m_step(stage, labelled, reward_S, unlabelled, key)
-            self.sampler.load(self.policy)
+            metrics |= self.m_step(stage, scored, labelled, reward_S, unlabelled, key)
         if recalibrates and self.recipe.em.order == "lagged":
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
 
-    def sample(self, stage: Stage, key: str) -> Sampled:
-        """Fresh rollouts from the current policy; or those that a killed run had sampled from it for this very occasion."""
+    # --- Rollouts ---
+
+    def sample(self, stage: Stage, iteration: int) -> Sampled:
+        """Rollouts from the current policy, or, sampled ahead, from one a few updates older; or those that a killed run had sampled
+        for this very occasion."""
+        key = f"{stage.name}/{iteration}"
         sampled = self.waiting and self.waiting.take(key, self.policy.version)
-        if sampled:
-            self.labelled.position, self.unlabelled.position = (
-                sampled.cursors["labelled"],
-                sampled.cursors["unlabelled"],
+        if not sampled:
+            self.sampler.load(self.policy)
+            get = self.ahead_of if self.recipe.rollout.ahead else self.fresh
+            sampled = (
+                self.waiting.keep(key, self.policy.version, lambda: get(stage, iteration))
+                if self.waiting
+                else get(stage, iteration)
             )
-            return sampled
+        for name, cursor in self.cursors.items():
+            cursor.position = sampled.cursors[name]
+        return sampled
 
-        def fresh() -> Sampled:
-            before = self.sampler.num_responses, self.sampler.num_tokens
-            labelled, rewards, accuracy = self.sample_labelled(stage, key)
-            unlabelled = self.sample_unlabelled(stage, key)
-            counts = self.sampler.num_responses - before[0], self.sampler.num_tokens - before[1]
-            cursors = {"labelled": self.labelled.position, "unlabelled": self.unlabelled.position}
-            return Sampled(labelled, rewards, accuracy, unlabelled, *counts, cursors)
+    @property
+    def cursors(self) -> dict[str, Cursor[Any]]:
+        return {"labelled": self.labelled, "unlabelled": self.unlabelled}
 
-        return self.waiting.keep(key, self.policy.version, fresh) if self.waiting else fresh()
+    def fresh(self, stage: Stage, iteration: int, cursors: dict[str, Cursor[Any]] | None = None) -> Sampled:
+        """Sampled now. Without `cursors` the loop's own, which stay where they are."""
+        cursors = cursors or {name: copy.copy(cursor) for name, cursor in self.cursors.items()}
+        asking = Asking(self, stage, f"{stage.name}/{iteration}", cursors)
+        labelled, rewards, accuracy = asking.labelled()
+        unlabelled = asking.unlabelled()
+        positions = {name: cursor.position for name, cursor in cursors.items()}
+        return Sampled(labelled, rewards, accuracy, unlabelled, asking.num_responses, asking.num_tokens, positions)
 
-    def sample_labelled(self, stage: Stage, key: str) -> tuple[list[Rollout], list[float], float | None]:
-        """Fresh responses to labelled prompts, their verified rewards in {0, 1}, and the accuracy of all that were sampled.
+    def ahead_of(self, stage: Stage, iteration: int) -> Sampled:
+        """Sampled while earlier iterations trained. Groups older than the bound are left out: a server may have missed a sync."""
 
-        With the filter, groups without signal are left out and replaced; the accuracy counts them, or its fall would not show.
+        def take() -> dict[str, Any]:
+            sampled = self.ahead.take(
+                stage.name,
+                iteration,
+                stage.iterations - 1,
+                self.cursors,
+                lambda i, cursors: self.fresh(stage, i, cursors),
+            )
+            oldest = self.policy.version - self.recipe.rollout.ahead
+            return without_stale_groups(
+                sampled, oldest, self.recipe.em.labelled_group_size, self.recipe.em.group_size
+            ).to_json()
+
+        return Sampled.from_json(parallel.from_main(take))
+
+    def score(self, stage: Stage, labelled: list[Rollout], unlabelled: list[Rollout], iteration: int) -> "Scored":
+        """The rows that the M-step trains on, packed, with log-probs under the policy as it is, and how far the sampler's are off.
+
+        Raises Halted when that is more than the recipe allows.
         """
-        num_groups, group_size = self.recipe.groups(stage.labelled_share)[0], self.recipe.em.labelled_group_size
-        rollouts: list[Rollout] = []
-        rewards: list[float] = []
-        all_rewards: list[float] = []
-        for refill in range(MAX_REFILLS if num_groups else 0):
-            items = self.labelled.next(num_groups)
-            fresh = self.sampler.sample([item.prompt for item in items], group_size, key=f"{key}/labelled/{refill}")
-            fresh_rewards = self.verify(fresh, [item.answers for item in items for _ in range(group_size)])
-            for start in range(0, len(fresh), group_size):
-                group = slice(start, start + group_size)
-                all_rewards += fresh_rewards[group]
-                if self.recipe.estep.filter == "none" or len(set(fresh_rewards[group])) > 1:
-                    rollouts += fresh[group]
-                    rewards += fresh_rewards[group]
-            if len(rollouts) >= num_groups * group_size:
-                break
-        wanted = num_groups * group_size
-        accuracy = sum(all_rewards) / len(all_rewards) if all_rewards else None
-        return rollouts[:wanted], rewards[:wanted], accuracy
+        rows = [*unlabelled, *(labelled if stage.trains_on_labelled else [])]
+        if not stage.improves_policy or not rows:
+            return Scored(None, None, self.policy_update, {})
+        how, every = self.recipe.mstep, self.recipe.rollout.mismatch.every
+        batch, metrics, update = pack(rows, self.policy.device), {}, self.policy_update
+        logprob_T = batch.sampler_logprob_T
+        looks = every > 0 and iteration % every == 0
+        if how.old_logprob == "trainer" or looks:
+            with self.clock.time("old_logprob"):
+                logprob_T = self.policy.token_logprobs(batch, self.recipe.micro_batch_tokens)
+        if looks:
+            metrics, update = self.watch_mismatch(batch, logprob_T, rows)
+        return Scored(batch, logprob_T if how.old_logprob == "trainer" else batch.sampler_logprob_T, update, metrics)
 
-    def verify(self, rollouts: list[Rollout], answers: list[frozenset[str]]) -> list[float]:
-        """1.0 for each right response, 0.0 for each wrong one."""
-        return parallel.together(
-            [len(r.response_ids) for r in rollouts],
-            lambda mine: [score(self.extract_labelled, rollouts[i].text, answers[i]) for i in mine],
-        )
+    def watch_mismatch(
+        self, batch: PackedBatch, logprob_T: Tensor, rows: list[Rollout]
+    ) -> tuple[dict[str, float], PolicyUpdate]:
+        """Metrics, and the policy update, which corrects where the recipe says so. Older weights' log-probs differ rightly: bounds
+        are for tokens of this version only."""
+        how, update = self.recipe.rollout.mismatch, self.policy_update
+        metrics = mismatch(batch.sampler_logprob_T, logprob_T, batch.cu_responses_S1, band=how.band)
+        if any(r.oldest_version < self.policy.version for r in rows):
+            return metrics, update
+        kl = metrics["rollout/mismatch_kl"]
+        said = f"sampler and trainer disagree: rollout/mismatch_kl is {kl:.3g}"
+        if how.stop_above is not None and not kl <= how.stop_above:
+            raise Halted(
+                f"{said}, more than rollout.mismatch.stop_above ({how.stop_above:g}); `tempo-engine doctor --mismatch` says where"
+            )
+        if how.correct_above is not None and kl > how.correct_above and update.importance == "none":
+            update = replace(update, importance="token")
+            metrics["rollout/mismatch_corrected"] = 1.0
+        if how.warn_above is not None and not kl <= how.warn_above:
+            self.note(f"{said}, more than rollout.mismatch.warn_above ({how.warn_above:g})")
+        return metrics, update
 
-    def sample_unlabelled(self, stage: Stage, key: str) -> list[Rollout]:
-        num_groups = self.recipe.groups(stage.labelled_share)[1]
-        prompts = self.unlabelled.next(num_groups)
-        return self.sampler.sample(prompts, self.recipe.em.group_size, key=f"{key}/unlabelled") if prompts else []
+    # --- E and M ---
 
     def e_step(self, labelled: list[Rollout], reward_S: Tensor, key: str) -> dict[str, float]:
         """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
@@ -164,14 +217,20 @@ class EMLoop:
         }
 
     def m_step(
-        self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, unlabelled: list[Rollout], key: str
+        self,
+        stage: Stage,
+        scored: "Scored",
+        labelled: list[Rollout],
+        reward_S: Tensor,
+        unlabelled: list[Rollout],
+        key: str,
     ) -> dict[str, float]:
         """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome, and on labelled rows the label."""
         labelled = labelled if stage.trains_on_labelled else []
-        if not labelled and not unlabelled:
+        batch, old_logprob_T = scored.batch, scored.old_logprob_T
+        if batch is None or old_logprob_T is None:
             return {}
         with self.clock.time("values"):
-            batch = pack([*unlabelled, *labelled], self.policy.device)
             value_TS = self.values(batch) if stage.reads_critic else None
         outcome_S = torch.cat([
             self.posterior(stage, unlabelled, value_TS, batch, key),
@@ -185,16 +244,13 @@ class EMLoop:
         is_labelled_S = torch.arange(len(batch), device=self.policy.device) >= len(unlabelled)
         advantage_T, metrics = advantages(stage, outcome_S, value_TS, batch, group_S, is_labelled_S)
         with self.clock.time("m_step"):
-            old_logprob_T, budget = batch.sampler_logprob_T, self.recipe.micro_batch_tokens
-            if self.recipe.mstep.old_logprob == "trainer":
-                old_logprob_T = self.policy.token_logprobs(batch, budget)
-                metrics["rollout/logprob_diff_max"] = float((old_logprob_T - batch.sampler_logprob_T).abs().max())
+            budget = self.recipe.micro_batch_tokens
             metrics |= improve_policy(
                 self.policy,
                 self.policy_optimizer,
                 batch,
                 advantage_T,
-                self.policy_update,
+                scored.update,
                 old_logprob_T=old_logprob_T,
                 ref_logprob_T=self.reference.token_logprobs(batch, budget) if self.reference else None,
                 seed=self.seed(key, "policy"),
@@ -267,8 +323,8 @@ def advantages(
     return advantage_T, metrics
 
 
-def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout]) -> dict[str, float]:
-    """What the updates get to see: lengths, truncation, the share of labelled rows."""
+def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout], version: int) -> dict[str, float]:
+    """What the updates get to see: lengths, truncation, the share of labelled rows, how many updates old the weights are."""
     rollouts = [*labelled, *unlabelled]
     if not rollouts:  # every labelled group was filtered, and there are no others
         return {}
@@ -278,5 +334,7 @@ def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout]) 
         "response_length/max": float(max(lengths)),
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
         "rollout/labelled_share": len(labelled) / len(rollouts),
-        "rollout/version": float(rollouts[0].version),
+        "rollout/version": float(min(r.oldest_version for r in rollouts)),
+        "rollout/staleness_max": float(version - min(r.oldest_version for r in rollouts)),
+        "rollout/mixed_versions": float(np.mean([len(r.versions) > 1 for r in rollouts])),
     }

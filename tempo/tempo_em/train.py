@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from tempo_engine import checkpoint, export, parallel
 from tempo_engine.checkpoint import Checkpoints
-from tempo_engine.errors import Interrupted, NonFinite, UserError
+from tempo_engine.errors import Halted, Interrupted, NonFinite, UserError
 from tempo_engine.evaluate import evaluate
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
@@ -49,7 +49,7 @@ class Training:
         self.parts: Parts = build(self.recipe)
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
-        self.loop.waiting = Waiting(run_dir / "rollouts.json")
+        self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
         self.stage, self.iteration, self.step = 0, 0, 0
         self.evaluations: dict[str, dict[str, dict[str, float]]] = {}
         self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
@@ -82,6 +82,7 @@ class Training:
         """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            self.loop.sampler.open(self.run_dir / "servers", self.loop.policy)
             while self.stage < len(self.stages):
                 name, iterations, iterate = self.stages[self.stage]
                 self._evaluate_at_start(name)
@@ -100,7 +101,13 @@ class Training:
             self.checkpoints.finish()
             self._keep_batch(stop)
             raise
+        except Halted as stop:
+            self.checkpoints.finish()
+            stop.add_note(f"go on with --resume {self.run_dir}")
+            raise
         finally:
+            self.loop.ahead.close()
+            self.loop.sampler.close()
             self.lock.release()
             self.display.close()
             for number, handler in handlers.items():
@@ -128,7 +135,7 @@ class Training:
         start = time.perf_counter()
         with self.loop.clock.time(f"stage/{name}"):
             metrics = iterate(self.iteration)
-        self.loop.sampler.load(self.loop.policy)
+        metrics |= self.loop.sampler.metrics()
         seconds = time.perf_counter() - start
         self._count_tokens(name, metrics)
         metrics |= {
@@ -171,6 +178,7 @@ class Training:
         results: dict[str, dict[str, float]] = {}
         rollouts: dict[str, list[Rollout]] = {}
         with loop.clock.time("evaluation"):
+            loop.sampler.load(loop.policy)
             for evaluation_set in self.parts.evaluation_sets:
                 self._stop_if_asked()
                 name = evaluation_set.name
@@ -303,7 +311,6 @@ class Training:
             filled = checkpoint.load_tensors(saved, into)
             if filled:
                 optimizer.load_state({name.removeprefix(f"{owner}/"): into[name] for name in filled})
-        loop.sampler.load(loop.policy)
         self.metrics.cut(state["metrics_size"])
         self.samples.cut(state["samples_size"])
 

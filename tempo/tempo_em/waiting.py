@@ -17,7 +17,7 @@ class Sampled:
     """What one iteration sampled: labelled responses with their verified rewards in {0, 1}, and unlabelled ones.
 
     `accuracy` is that of all labelled responses, kept or not (None: there were none). `num_responses` and `num_tokens` count what
-    was sampled, `cursors` are the positions in the data after it.
+    was sampled, kept or not, `cursors` are the positions in the data after it.
     """
 
     labelled: list[Rollout]

@@ -11,7 +11,7 @@ from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.samplers.local import LocalSampler
 from torch.utils._python_dispatch import TorchDispatchMode
 
-BATCH = pack([Rollout(Prompt("p", "", (3, 4)), [5, 6, 7], [-1.0] * 3, 0, False, "")])
+BATCH = pack([Rollout(Prompt("p", "", (3, 4)), [5, 6, 7], [-1.0] * 3, (), False, "")])
 MakePolicy = Callable[..., Policy]
 
 

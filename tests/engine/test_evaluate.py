@@ -25,7 +25,7 @@ class Recorded:
 
     def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
         return [
-            Rollout(prompt, [2] * (len(text) + 1), [-0.5] * (len(text) + 1), 3, text == "cut", text)
+            Rollout(prompt, [2] * (len(text) + 1), [-0.5] * (len(text) + 1), (), text == "cut", text)
             for prompt, group in zip(prompts, self.texts, strict=True)
             for text in group
         ]

@@ -67,7 +67,7 @@ def test_a_value_depends_only_on_the_tokens_before_it(make_policy: MakePolicy, p
     changed = response.copy()
     changed[position] = 20
     prompt = Prompt("p", "", (3, 4))
-    values = [critic.values(pack([Rollout(prompt, ids, [0.0] * 4, 0, False, "")]), 100) for ids in (response, changed)]
+    values = [critic.values(pack([Rollout(prompt, ids, [0.0] * 4, (), False, "")]), 100) for ids in (response, changed)]
     assert len(values[0]) == len(response) + 1
     assert torch.equal(values[0][: position + 1], values[1][: position + 1])
     assert not torch.equal(values[0][position + 1 :], values[1][position + 1 :])

@@ -11,7 +11,7 @@ MakeRollouts = Callable[..., list[Rollout]]
 
 
 def rollout(prompt: tuple[int, ...], response: list[int]) -> Rollout:
-    return Rollout(Prompt("p", "", prompt), response, [-0.5] * len(response), 0, False, "")
+    return Rollout(Prompt("p", "", prompt), response, [-0.5] * len(response), (), False, "")
 
 
 def test_positions_of_log_probs_and_values_by_hand() -> None:

@@ -81,7 +81,7 @@ def test_every_rollout_carries_the_version_that_sampled_it(make_policy: MakePoli
     policy = make_policy()
     policy.version = 7
     sampler = sampler_for(policy)
-    assert {r.version for r in sampler.sample(prompts(3), 2, key="k")} == {7}
+    assert {r.oldest_version for r in sampler.sample(prompts(3), 2, key="k")} == {7}
     policy.version = 8
     with pytest.raises(RuntimeError, match="load"):
         sampler.sample(prompts(3), 2, key="k")

@@ -263,8 +263,8 @@ def test_too_many_non_finite_steps_in_a_row_stop_and_hand_over_their_batch(
 def test_importance_ratios_of_tokens_and_of_sequences_by_hand() -> None:
     """Two responses, of two tokens and of one: old log-probs minus the sampler's are 0.5, -0.2 and 0.1."""
     rollouts = [
-        Rollout(Prompt("a", "", (3,)), [5, 6], [-1.0, -2.0], 0, False, ""),
-        Rollout(Prompt("b", "", (3,)), [7], [-3.0], 0, False, ""),
+        Rollout(Prompt("a", "", (3,)), [5, 6], [-1.0, -2.0], (), False, ""),
+        Rollout(Prompt("b", "", (3,)), [7], [-3.0], (), False, ""),
     ]
     batch, old_T = pack(rollouts), torch.tensor([-0.5, -2.2, -2.9])
     assert importance_denominator(batch, old_T, "none") is None

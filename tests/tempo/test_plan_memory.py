@@ -140,7 +140,7 @@ def test_a_real_iteration_needs_the_memory_that_was_planned(setting: str) -> Non
     loop = build(planned.recipe).loop
     assert loop.critic is not None
     assert loop.critic_optimizer is not None
-    rollouts = [Rollout(Prompt(str(i), "", (5,) * 32), [7] * 96, [-5.0] * 96, 0, True, "") for i in range(32)]
+    rollouts = [Rollout(Prompt(str(i), "", (5,) * 32), [7] * 96, [-5.0] * 96, (), True, "") for i in range(32)]
     labelled, everything = pack(rollouts[:16]), pack(rollouts)
     advantage_T = torch.linspace(-1, 1, 32 * 96)
 

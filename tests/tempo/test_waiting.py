@@ -5,7 +5,7 @@ import pytest
 from tempo_em.waiting import Sampled, Waiting
 from tempo_engine.rollout import Prompt, Rollout
 
-ROLLOUT = Rollout(Prompt("p", "3 5 = (8)", (5, 9)), [7, 2], [-0.1, -1.0 / 3.0], 4, False, "+3+5")
+ROLLOUT = Rollout(Prompt("p", "3 5 = (8)", (5, 9)), [7, 2], [-0.1, -1.0 / 3.0], ((3, 1), (4, 2)), False, "+3+5")
 SAMPLED = Sampled([ROLLOUT], [1.0], 0.5, [ROLLOUT, ROLLOUT], 3, 6, {"labelled": 8, "unlabelled": 2})
 
 

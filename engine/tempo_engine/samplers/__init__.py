@@ -1,6 +1,7 @@
 """Where responses come from: one protocol for the in-process sampler and for servers."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from tempo_engine.model import Policy
@@ -16,6 +17,14 @@ class Sampler(Protocol):
     num_responses: int
     num_tokens: int
 
+    def open(self, folder: Path, policy: Policy) -> None:
+        """Start whatever samples policies of this shape; what it writes goes into the folder. Returns at once."""
+        ...
+
+    def close(self) -> None:
+        """Stop it."""
+        ...
+
     def load(self, policy: Policy) -> None:
         """Sample from this policy from now on; rollouts carry its version."""
         ...
@@ -26,4 +35,8 @@ class Sampler(Protocol):
         `key` names the occasion ("em/12", "eval/12"): together with the run's seed, the prompt and the sample's number it fixes
         the random draws.
         """
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What is worth knowing since the last call, by metric name."""
         ...

@@ -6,8 +6,9 @@ finished sequences leave the batch, and waiting prompts take their place.
 
 # Shape letters: P = prompts, R = running sequences, L = cached positions, M = longest response, V = vocabulary
 import hashlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tempo_engine import parallel
 from tempo_engine.model import Policy
-from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.rollout import Prompt, Rollout, response_names
 
 # Rows leave the cache (a copy of what stays) once this share of the batch has finished, so copies cost a bounded fraction.
 FINISHED_SHARE = 1 / 8
@@ -61,6 +62,15 @@ class LocalSampler:
         """Sample from this policy at its present version. The weights are shared, not copied."""
         self.policy, self.version = policy, policy.version
 
+    def open(self, folder: Path, policy: Policy) -> None:
+        """There is nothing to start."""
+
+    def close(self) -> None:
+        """Nor to stop."""
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
     @torch.no_grad()
     def sample(
         self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
@@ -73,7 +83,7 @@ class LocalSampler:
         policy = self.policy
         if policy is None or policy.version != self.version:
             raise RuntimeError(f"the sampler holds version {self.version}; call load(policy) after every update")
-        names = self._names(prompts, group_size, key)
+        names = response_names(prompts, group_size, f"{self.seed}/{key}")
         limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(names)]
 
         def sample_groups(share: list[int]) -> list[list[tuple[list[int], list[float], str]]]:
@@ -90,7 +100,7 @@ class LocalSampler:
         with parallel.gathered(policy.scope, policy.sharding):
             groups = parallel.together([len(p.token_ids) + self.max_new_tokens for p in prompts], sample_groups)
         rollouts = [
-            Rollout(prompt, ids, logprobs, self.version, ids[-1] not in self.stop_ids, text)
+            Rollout(prompt, ids, logprobs, ((self.version, len(ids)),), ids[-1] not in self.stop_ids, text)
             for prompt, group in zip(prompts, groups, strict=True)
             for ids, logprobs, text in group
         ]
@@ -122,16 +132,6 @@ class LocalSampler:
             if len(running):
                 running.decode()
         return [(*done[slot], self._text(done[slot][0])) for slot in range(len(names))]
-
-    def _names(self, prompts: Sequence[Prompt], group_size: int, key: str) -> list[str]:
-        """A name for every response, the same wherever it is sampled."""
-        occurrence: Counter[str] = Counter()
-        names = []
-        for prompt in prompts:
-            for _ in range(group_size):
-                names.append(f"{self.seed}/{key}/{prompt.id}/{occurrence[prompt.id]}")
-                occurrence[prompt.id] += 1
-        return names
 
     def _draws(self, names: Sequence[str]) -> Tensor:
         """Uniform random numbers, one row a response and one column a token, [R, M] float64."""

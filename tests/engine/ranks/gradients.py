@@ -85,7 +85,7 @@ def rollouts() -> list[Rollout]:
     for i, (prompt, response) in enumerate(lengths):
         ids = [rng.randrange(2, 41) for _ in range(response)]
         tokens = tuple(rng.randrange(2, 41) for _ in range(prompt))
-        rows.append(Rollout(Prompt(str(i), "", tokens), ids, [-3.7] * response, 0, False, ""))
+        rows.append(Rollout(Prompt(str(i), "", tokens), ids, [-3.7] * response, (), False, ""))
     return rows
 
 

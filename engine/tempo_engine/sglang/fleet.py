@@ -1,0 +1,306 @@
+"""Several servers as one: requests go where there is room, each answer is kept once, and a server that dies is replaced.
+
+All of it runs in one event loop on a thread of its own, so that sampling can go on while the trainer trains.
+"""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tempo_engine.errors import Halted, UserError
+from tempo_engine.sglang.client import Refused, Unreachable
+from tempo_engine.sglang.server import LOOPBACK, Server, ServerOptions
+
+T = TypeVar("T")
+# Between looks at servers that seem well. Processes that have ended are found sooner, by the requests they owe.
+WATCH_SECONDS = 5.0
+# Of the same request, each on a server that was found well afterwards or that was replaced.
+MAX_FAILURES = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long to wait for what, in seconds, and how many deaths without a finished batch between them are too many."""
+
+    start: float = 600.0
+    health: float = 60.0
+    generation: float = 3600.0
+    update: float = 600.0
+    restarts: int = 3
+
+
+@dataclass
+class Group:
+    """Responses wanted to one prompt: a dict of sampling parameters for each. `outputs` fills up as they finish."""
+
+    input_ids: list[int]
+    parameters: list[dict[str, Any]]
+    outputs: list[dict[str, Any] | None] = field(default_factory=list)
+    num_failures: int = 0
+
+    def __post_init__(self) -> None:
+        self.outputs = [None] * len(self.parameters)
+
+    @property
+    def owed(self) -> list[int]:
+        return [i for i, output in enumerate(self.outputs) if output is None]
+
+
+class Fleet:
+    """Starts `replicas` servers of ours, or joins those at `urls`.
+
+    `weights` is a directory with the current weights, if there is one: what a replaced server begins with. `version` is theirs.
+    """
+
+    def __init__(self, options: ServerOptions, patience: Patience, *, folder: Path, replicas: int = 1) -> None:
+        self.options, self.patience, self.folder = options, patience, folder
+        self.servers = [Server(n, "", "", log=folder / f"server-{n}.log") for n in range(replicas)]
+        self.is_own = True
+        self.weights: Path | None = None
+        self.version = 0
+        self.wants_weights = False
+        self.is_napping = False
+        self.num_restarts, self.num_repeated = 0, 0
+        self._deaths = 0
+        self._failure: Exception | None = None
+        self._num_generating = 0
+        self._updating = False
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True)
+        self._changed = asyncio.Condition()
+        self._watchers: list[asyncio.Task[None]] = []
+        self._thread.start()
+
+    @classmethod
+    def at(cls, urls: Sequence[str], key: str, options: ServerOptions, patience: Patience, *, folder: Path) -> "Fleet":
+        """Of servers that somebody else started."""
+        fleet = cls(options, patience, folder=folder, replicas=0)
+        fleet.is_own = False
+        fleet.servers = [Server(n, url, key) for n, url in enumerate(urls)]
+        return fleet
+
+    # --- From the trainer's thread ---
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do it on the servers' loop and wait."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
+
+    def start(self, skeleton: Path) -> None:
+        """Begin to start servers, without waiting: `skeleton` has the model's config, weights follow by an update."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.is_own:
+            for server in self.servers:
+                server.start(self.options, skeleton, is_blank=True, version=-1)
+
+    def wait_until_ready(self) -> None:
+        """Raises UserError when one of them does not start."""
+
+        async def wait() -> None:
+            await asyncio.gather(*(s.wait_until_ready(seconds=self.patience.start) for s in self.servers))
+            self._watchers = [asyncio.create_task(self._watch(server)) for server in self.servers]
+
+        try:
+            self.run(wait())
+        except Unreachable as error:
+            raise UserError(str(error)) from error
+
+    def close(self) -> None:
+        """Servers of ours end, connections close."""
+
+        async def end() -> None:
+            for watcher in self._watchers:
+                watcher.cancel()
+            await asyncio.gather(*self._watchers, return_exceptions=True)
+            await asyncio.gather(*(server.kill() for server in self.servers))
+
+        self.run(end())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join()
+        self.loop.close()
+
+    # --- Generation ---
+
+    async def generate(self, groups: Sequence[Group]) -> None:
+        """Fill every group's outputs. Longest prompts first; those of a group stay together, so that its prompt is computed once.
+
+        Returns early, with some still owed, when `wants_weights`. Raises Halted when too many servers died.
+        """
+        tasks = [asyncio.create_task(self._finish(g)) for g in sorted(groups, key=lambda g: -len(g.input_ids))]
+        self._num_generating += 1
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            self._num_generating -= 1
+            await self._notify()
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        if not any(group.owed for group in groups):
+            self._deaths = 0
+
+    async def _finish(self, group: Group) -> None:
+        while owed := group.owed:
+            server = await self._server_with_room(len(owed))
+            if server is None:
+                return
+            payload = {
+                "input_ids": [group.input_ids] * len(owed),
+                "sampling_params": [group.parameters[i] for i in owed],
+                "return_logprob": True,
+                **({"return_sampling_mask": True} if group.parameters[0].get("top_k", -1) > 1 else {}),
+            }
+            try:
+                async for index, output in server.client.generate(payload, seconds=self.patience.generation):
+                    if output["meta_info"]["finish_reason"]["type"] != "abort":
+                        group.outputs[owed[index]] = output
+            except Unreachable:
+                server.is_live = False
+                server.suspect.set()
+            finally:
+                server.in_flight -= len(owed)
+                await self._notify()
+            if group.owed:
+                self.num_repeated += len(group.owed)
+                group.num_failures += 1
+                if group.num_failures > MAX_FAILURES:
+                    raise Halted(f"a request to {len(group.input_ids)} prompt tokens failed {group.num_failures} times")
+
+    async def _server_with_room(self, count: int) -> Server | None:
+        """The least loaded live one, with `count` places taken; None when nothing goes on without weights."""
+
+        def best() -> Server | None:
+            live = [s for s in self.servers if s.is_live and s.version == self.version]
+            server = min(live, key=lambda s: s.in_flight, default=None)
+            has_room = server is not None and (not server.in_flight or server.in_flight + count <= self._places)
+            return server if has_room else None
+
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._failure or self.wants_weights or best())
+            if self._failure:
+                raise self._failure
+            server = best()
+            if server is not None:
+                server.in_flight += count
+            return server
+
+    @property
+    def _places(self) -> int:
+        """Requests in flight at one server: some more than it runs, so that it need not wait for the next."""
+        return 2 * self.options.max_running
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    # --- Weights ---
+
+    async def begin_update(self, *, waits: bool) -> list[Server]:
+        """The live servers, of whose health nobody asks until `end_update`. `waits`: until nothing is being generated."""
+        async with self._changed:
+            if waits:
+                await self._changed.wait_for(lambda: not self._num_generating)
+            self._updating = True
+            return [server for server in self.servers if server.is_live]
+
+    async def end_update(self, version: int, folder: Path | None) -> None:
+        """From now on only servers with this version are asked. `folder` has the weights on disk, if they are there."""
+        async with self._changed:
+            self.version, self.weights = version, folder
+            self._updating = False
+            self._changed.notify_all()
+
+    async def give_weights(self, folder: Path) -> None:
+        """The current weights on disk, which a server that is to be replaced waits for."""
+        async with self._changed:
+            self.weights, self.wants_weights = folder, False
+            self._changed.notify_all()
+
+    # --- Faults ---
+
+    async def _watch(self, server: Server) -> None:
+        """For as long as the fleet lives: find out when the server is dead or stuck, and replace it."""
+        server.is_live = True
+        server.version = -1 if self.is_own else None
+        await self._notify()
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(server.suspect.wait(), WATCH_SECONDS)
+            if self._updating or await self._is_well(server):
+                server.suspect.clear()
+                server.is_live = True
+            else:
+                server.is_live = False
+                await self._replace(server)
+            await self._notify()
+
+    async def _is_well(self, server: Server) -> bool:
+        if server.has_ended or self.is_napping:  # without memory it cannot generate, but its process can end
+            return not server.has_ended
+        return await server.client.is_well(seconds=self.patience.health)
+
+    async def _replace(self, server: Server) -> None:
+        """A server of ours is killed and started again with the current weights; one of others' is waited for."""
+        try:
+            if self.is_own:
+                await server.kill()
+                await self._start_again(server)
+            else:
+                await server.wait_until_ready(seconds=self.patience.start)
+                server.suspect.clear()
+        except (Unreachable, Refused) as error:
+            self._fail(str(error))
+
+    async def _start_again(self, server: Server) -> None:
+        self._deaths += 1
+        if self._deaths > self.patience.restarts:
+            self._fail(
+                f"{server.name} died, and others {self._deaths - 1} times since a batch was finished; see {server.log}"
+            )
+            return
+        self.num_restarts += 1
+        weights, version = await self._weights_on_disk()
+        server.start(self.options, weights, is_blank=False, version=version)
+        await server.wait_until_ready(seconds=self.patience.start)
+        while version != self.version:  # there was an update while it started
+            weights, version = await self._weights_on_disk()
+            update = {"model_path": str(weights.resolve()), "load_format": "auto", "weight_version": str(version)}
+            await server.client.post("/update_weights_from_disk", update, seconds=self.patience.update)
+        server.version, server.is_live = version, True
+        server.suspect.clear()
+
+    async def _weights_on_disk(self) -> tuple[Path, int]:
+        """A directory with the current weights and their version, as soon as there is one and no update is going on."""
+        async with self._changed:
+            if self.weights is None:
+                self.wants_weights = True
+                self._changed.notify_all()
+            await self._changed.wait_for(lambda: self.weights is not None and not self._updating)
+            assert self.weights is not None
+            return self.weights, self.version
+
+    def _fail(self, why: str) -> None:
+        self._failure = Halted(why)
+
+    @property
+    def is_on_this_machine(self) -> bool:
+        return all(LOOPBACK in s.client.url or "localhost" in s.client.url for s in self.servers)
+
+
+async def on_all(servers: Sequence[Server], call: Callable[[Server], Awaitable[Any]]) -> list[Any]:
+    """The same call to every server at once. One that cannot be reached is left to its watcher: None. Raises Refused."""
+
+    async def one(server: Server) -> Any:
+        try:
+            return await call(server)
+        except Unreachable:
+            server.is_live = False
+            server.suspect.set()
+            return None
+        except Refused as error:
+            raise Refused(f"{server.name}", error.status, str(error)) from error
+
+    return await asyncio.gather(*(one(server) for server in servers))
