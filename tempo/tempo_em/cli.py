@@ -1,4 +1,4 @@
-"""tempo-engine: train, eval, recipes, export, plan, bench. Imports torch only inside the commands, so that --help is quick."""
+"""tempo-engine: train, eval, recipes, export, plan, doctor, bench. Imports torch only inside the commands: --help is quick."""
 
 import sys
 from pathlib import Path
@@ -103,6 +103,22 @@ def plan(
     from tempo_em.commands import plan_command
 
     raise typer.Exit(plan_command(recipe, settings or [], gpu, gpus, nodes, json_file))
+
+
+@app.command()
+def doctor(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
+    mismatch: Annotated[
+        bool, typer.Option("--mismatch", help="Compare the log-probs of sampler and trainer while nothing learns.")
+    ] = False,
+    iterations: Annotated[int, typer.Option(min=1, help="Of sampling, scoring, updating and syncing.")] = 3,
+    settings: Settings = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
+) -> None:
+    """Find the first token and layer on which sampler and trainer disagree; exit code 1 when they do. Writes no run folder."""
+    from tempo_em.commands import doctor_command
+
+    raise typer.Exit(doctor_command(recipe, settings or [], mismatch, iterations, json_file))
 
 
 bench = typer.Typer(help="Measure: the kernels against other libraries' kernels.", no_args_is_help=True)

@@ -214,3 +214,13 @@ def plan_command(
     from tempo_em.plan.command import plan_recipe
 
     return 0 if plan_recipe(recipe, settings, gpu, gpus, nodes, json_file) else 1
+
+
+@_exit_codes
+def doctor_command(recipe: str, settings: list[str], mismatch: bool, iterations: int, json_file: Path | None) -> int:
+    if not mismatch:
+        raise UserError("say what to look at: --mismatch compares sampler and trainer")
+    load_recipe(recipe, settings)  # a mistake in it is answered before torch is imported
+    from tempo_em.doctor import diagnose
+
+    return 0 if diagnose(recipe, settings, iterations=iterations, json_file=json_file) else 1

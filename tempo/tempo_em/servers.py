@@ -16,6 +16,8 @@ from tempo_engine.weight_sync import SyncPath
 
 from tempo_em.recipe import Recipe
 
+# SGLang pads other sizes on CPUs, and leaves the padding as it was.
+CPU_MULTIPLE = 32
 # Mixtures of experts are published expert by expert and computed with in one tensor: servers read only what is published.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -28,6 +30,12 @@ def sglang_options(recipe: Recipe, policy: Policy) -> SGLangOptions:
         raise UserError(
             f"rollout.backend sglang cannot sync weights of mixtures of experts yet ({policy.model.config.model_type}); "
             "use rollout.backend local"
+        )
+    size = getattr(policy.model.config, "intermediate_size", CPU_MULTIPLE)
+    if not has_gpu and is_ours and size % CPU_MULTIPLE:
+        raise UserError(
+            f"on a CPU SGLang computes with intermediate sizes that are multiples of {CPU_MULTIPLE}, the model's is {size}; choose "
+            "another model, or rollout.backend local"
         )
     shares_gpus = has_gpu and is_ours and how.placement == "colocated"
     if shares_gpus and rollout.ahead:

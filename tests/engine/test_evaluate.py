@@ -1,4 +1,5 @@
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,15 @@ class Recorded:
 
     def __init__(self, texts: Sequence[Sequence[str]]) -> None:
         self.texts = texts
+
+    def open(self, folder: Path, policy: Policy) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def load(self, policy: Policy) -> None:
         pass

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tempo_em.asking import Asking
 from tempo_em.console import PlainDisplay
 from tempo_em.loading import load_recipe
 from tempo_em.presets import PRESETS
@@ -29,6 +30,11 @@ def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
 
 def stage(training: Training, name: str) -> Stage:
     return next(s for s in training.parts.stages if s.name == name)
+
+
+def asking(loop: EMLoop, em: Stage, key: str) -> Asking:
+    loop.sampler.load(loop.policy)
+    return Asking(loop, em, key, loop.cursors)
 
 
 @pytest.mark.parametrize("method", ["tempo", "tempo_pure", "ttrl"])
@@ -88,23 +94,25 @@ def test_zero_variance_groups_are_filtered_and_refilled_among_labelled_rows_only
     """I7: labelled groups without signal are replaced, unlabelled ones never are; the batch has exactly B n rows."""
     training = prepare("estep.filter=zero_variance")
     em = stage(training, "em")
-    labelled, rewards, _ = training.loop.sample_labelled(em, "em/0")
+    asks = asking(training.loop, em, "em/0")
+    labelled, rewards, _ = asks.labelled()
     groups = torch.tensor(rewards).view(-1, 2)
     assert len(labelled) == 32
     assert (groups[:, 0] != groups[:, 1]).all()
-    assert len(training.loop.sample_unlabelled(em, "em/0")) == 32
+    assert len(asks.unlabelled()) == 32
 
 
 def test_a_labelled_set_without_signal_ends_the_refilling(prepare: Train) -> None:
     training = prepare("estep.filter=zero_variance", "cold_start.steps=0")  # an untrained policy is never right
-    labelled, rewards, _ = training.loop.sample_labelled(stage(training, "em"), "em/0")
+    labelled, rewards, _ = asking(training.loop, stage(training, "em"), "em/0").labelled()
     assert labelled == []
     assert rewards == []
 
 
 def sampled(loop: EMLoop, em: Stage) -> tuple[Any, Tensor, Tensor]:
-    labelled, _, _ = loop.sample_labelled(em, "k")
-    rollouts = [*loop.sample_unlabelled(em, "k"), *labelled]
+    asks = asking(loop, em, "k")
+    labelled, _, _ = asks.labelled()
+    rollouts = [*asks.unlabelled(), *labelled]
     batch = pack(rollouts)
     return batch, loop.values(batch), torch.arange(len(rollouts)) >= len(rollouts) - len(labelled)
 
@@ -166,7 +174,7 @@ def test_switches_combine_freely(train: Train, weights: Weights, settings: tuple
 def test_votes_are_put_on_the_scale_of_the_critics_targets(prepare: Train) -> None:
     training = prepare("em.posterior=majority_vote", "critic.target=plus_minus_one")
     em = stage(training, "em")
-    rollouts = training.loop.sample_unlabelled(em, "k")
+    rollouts = asking(training.loop, em, "k").unlabelled()
     outcome_S = training.loop.posterior(em, rollouts, None, pack(rollouts), "k")
     assert set(outcome_S.tolist()) <= {-1.0, 1.0}
 
@@ -212,8 +220,9 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
         "em.posterior=random", "estep.every=0", "em.rollouts=40",
     )  # fmt: skip
     loop, em = training.loop, stage(training, "em")
-    labelled, rewards, _ = loop.sample_labelled(em, "k")
-    unlabelled = loop.sample_unlabelled(em, "k")
+    asks = asking(loop, em, "k")
+    labelled, rewards, _ = asks.labelled()
+    unlabelled = asks.unlabelled()
     groups: list[Tensor] = []
 
     def spy(outcome_S: Tensor, group_S: Tensor, *, divide_by_std: bool) -> Tensor:
@@ -221,7 +230,7 @@ def test_groups_of_both_populations_stay_apart(monkeypatch: pytest.MonkeyPatch, 
         return group_advantage(outcome_S, group_S, divide_by_std=divide_by_std)
 
     monkeypatch.setattr("tempo_em.schedule.group_advantage", spy)
-    loop.m_step(em, labelled, torch.tensor(rewards), unlabelled, "k")
+    loop.m_step(em, loop.score(em, labelled, unlabelled, 0), labelled, torch.tensor(rewards), unlabelled, "k")
     assert groups[0].bincount().tolist() == [4] * (len(unlabelled) // 4) + [3] * (len(labelled) // 3)
 
 

@@ -194,6 +194,14 @@ class SGLangSampler:
         self._sync.metrics, self._cached, self._prompted = {}, 0, 0
         return found
 
+    def ask(self, path: str, payload: dict[str, Any]) -> list[Any]:
+        """What every live server answers to a call of ours, its weights in memory; None where it did not. Main rank, while open."""
+        fleet = self._fleet
+        assert fleet is not None
+        self._wake("weights")
+        servers = [server for server in fleet.servers if server.is_live]
+        return fleet.run(on_all(servers, lambda s: s.client.post(path, payload, seconds=fleet.patience.update)))
+
     # --- GPUs shared with the trainer ---
 
     def _nap(self) -> None:

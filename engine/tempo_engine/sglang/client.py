@@ -1,4 +1,4 @@
-"""HTTP to one SGLang server: calls that come back with JSON, and generations that arrive one by one as they finish."""
+"""HTTP to one SGLang server: calls that come back with JSON, and generations that arrive piece by piece."""
 
 import json
 from collections.abc import AsyncIterator, Mapping
@@ -56,7 +56,7 @@ class Client:
         retrying = AsyncRetrying(
             retry=retry_if_exception_type(Unreachable),
             stop=stop_after_attempt(attempts),
-            wait=wait_exponential_jitter(initial=0.2, max=5.0),
+            wait=wait_exponential_jitter(multiplier=0.2, max=5.0),
             reraise=True,
         )
         return await retrying(self._call_once, method, path, payload, seconds)
@@ -84,7 +84,7 @@ class Client:
     async def generate(
         self, payload: Mapping[str, Any], *, seconds: float
     ) -> AsyncIterator[tuple[int, dict[str, Any]]]:
-        """Several prompts in one request: (index, output) of each as soon as it is finished.
+        """Several prompts in one request: (index, output) whenever there is more of one, its `finish_reason` set when that is all.
 
         Never sent again by itself: what has arrived would be generated twice. Raises Unreachable when the stream breaks off.
         """
@@ -98,8 +98,7 @@ class Client:
                 async for event in _events(response.content):
                     if "error" in event:
                         raise Refused("/generate", 400, _message(event))
-                    if event["meta_info"]["finish_reason"] is not None:
-                        yield event.get("index", 0), event
+                    yield event.get("index", 0), event
         except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
             raise Unreachable(f"{self.url}/generate: {_why(error)}") from error
 

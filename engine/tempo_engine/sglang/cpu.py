@@ -7,6 +7,7 @@ accelerator they do nothing. What they change is internal to one release, so eve
 import enum
 import importlib.machinery
 import importlib.util
+import multiprocessing
 import sys
 import types
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from tempo_engine.sglang import VERSION
 # Where SGLang keeps what is replaced.
 MURMUR_HASH = "sglang.kernels.ops.sampling.murmur_hash.murmur_hash32"
 BATCH_INVARIANT_MODE = "sglang.srt.batch_invariant_ops.enable_batch_invariant_mode"
+SET_UP = "sglang.srt.entrypoints.engine._set_envs_and_config"
 UINT32 = 0xFFFFFFFF
 
 
@@ -47,6 +49,7 @@ def register_hooks() -> None:
 
     HookRegistry.register(MURMUR_HASH, murmur_hash32, HookType.REPLACE)
     HookRegistry.register(BATCH_INVARIANT_MODE, _nothing_to_enable, HookType.REPLACE)
+    HookRegistry.register(SET_UP, _then_fork, HookType.AROUND)
 
 
 def _check_version() -> None:
@@ -83,6 +86,13 @@ def __getattr__(name: str) -> Any:
 
     globals()[name] = CpuPlatform
     return CpuPlatform
+
+
+def _then_fork(set_up: Any, *args: Any, **kwargs: Any) -> None:
+    """SGLang's processes begin as copies of the first one, which has imported everything: half the time to start. Its reason to
+    begin afresh is CUDA."""
+    set_up(*args, **kwargs)
+    multiprocessing.set_start_method("fork", force=True)
 
 
 def _nothing_to_enable(*args: Any, **kwargs: Any) -> None:

@@ -18,6 +18,8 @@ from tempo_engine.sglang.server import LOOPBACK, Server, ServerOptions
 T = TypeVar("T")
 # Between looks at servers that seem well. Processes that have ended are found sooner, by the requests they owe.
 WATCH_SECONDS = 5.0
+# Tokens of a prompt from which on the first response of a group goes ahead, and the others take the prompt from its cache.
+SHARED_PROMPT = 64
 # Of the same request, each on a server that was found well afterwards or that was replaced.
 MAX_FAILURES = 10
 
@@ -145,29 +147,59 @@ class Fleet:
     async def _finish(self, group: Group) -> None:
         while owed := group.owed:
             server = await self._server_with_room(len(owed))
-            if server is None:
+            if server is None:  # nothing goes on without weights on disk
                 return
-            payload = {
-                "input_ids": [group.input_ids] * len(owed),
-                "sampling_params": [group.parameters[i] for i in owed],
-                "return_logprob": True,
-                **({"return_sampling_mask": True} if group.parameters[0].get("top_k", -1) > 1 else {}),
-            }
-            try:
-                async for index, output in server.client.generate(payload, seconds=self.patience.generation):
-                    if output["meta_info"]["finish_reason"]["type"] != "abort":
-                        group.outputs[owed[index]] = output
-            except Unreachable:
-                server.is_live = False
-                server.suspect.set()
-            finally:
-                server.in_flight -= len(owed)
-                await self._notify()
+            started = asyncio.Event()
+            first = 1 if len(group.input_ids) >= SHARED_PROMPT else len(owed)
+            ends = await asyncio.gather(
+                self._ask(server, group, owed[:first], begins=started),
+                self._ask(server, group, owed[first:], after=started),
+                return_exceptions=True,
+            )
+            server.in_flight -= len(owed)
+            for error in ends:
+                if isinstance(error, Unreachable):
+                    server.is_live = False
+                    server.suspect.set()
+                elif error is not None:
+                    raise error
+            await self._notify()
             if group.owed:
                 self.num_repeated += len(group.owed)
                 group.num_failures += 1
                 if group.num_failures > MAX_FAILURES:
                     raise Halted(f"a request to {len(group.input_ids)} prompt tokens failed {group.num_failures} times")
+
+    async def _ask(
+        self,
+        server: Server,
+        group: Group,
+        samples: list[int],
+        *,
+        begins: asyncio.Event | None = None,
+        after: asyncio.Event | None = None,
+    ) -> None:
+        """Keep the outputs of these samples of a group. `begins` is set when the first token is there, or none will come."""
+        if after is not None:
+            await after.wait()
+        if not samples:
+            return
+        payload = {
+            "input_ids": [group.input_ids] * len(samples),
+            "sampling_params": [group.parameters[i] for i in samples],
+            "return_logprob": True,
+            **({"return_sampling_mask": True} if group.parameters[0].get("top_k", -1) > 1 else {}),
+        }
+        try:
+            async for index, output in server.client.generate(payload, seconds=self.patience.generation):
+                if begins is not None:
+                    begins.set()
+                reason = output["meta_info"]["finish_reason"]
+                if reason is not None and reason["type"] != "abort":
+                    group.outputs[samples[index]] = output
+        finally:
+            if begins is not None:
+                begins.set()
 
     async def _server_with_room(self, count: int) -> Server | None:
         """The least loaded live one, with `count` places taken; None when nothing goes on without weights."""
@@ -222,13 +254,14 @@ class Fleet:
     # --- Faults ---
 
     async def _watch(self, server: Server) -> None:
-        """For as long as the fleet lives: find out when the server is dead or stuck, and replace it."""
+        """For as long as the fleet works: find out when the server is dead or stuck, and replace it."""
         server.is_live = True
         server.version = -1 if self.is_own else None
         await self._notify()
-        while True:
+        while self._failure is None:
             with suppress(TimeoutError):
-                await asyncio.wait_for(server.suspect.wait(), WATCH_SECONDS)
+                async with asyncio.timeout(WATCH_SECONDS):
+                    await server.suspect.wait()
             if self._updating or await self._is_well(server):
                 server.suspect.clear()
                 server.is_live = True

@@ -23,7 +23,10 @@ from tempo_engine.sglang.client import Client, Refused, Unreachable
 
 LOOPBACK = "127.0.0.1"
 # What torchrun says to its ranks must not reach a server, which has ranks of its own.
-NOT_INHERITED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
+NOT_INHERITED = (
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
+    "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
 # Between looks at a server that is starting.
 POLL_SECONDS = 0.25
 
@@ -216,7 +219,10 @@ def check_can_start(options: ServerOptions, replicas: int) -> None:
 
 def check_url(url: str, allowed_hosts: Sequence[str]) -> None:
     """Raises UserError for a URL that is not http(s) to this machine or to a host that the recipe allows."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets of an IPv6 address that do not fit together
+        parts = urlsplit("")
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise UserError(
             f"rollout.sglang.servers: {url!r} is no URL of a server; write for example http://127.0.0.1:30000"
