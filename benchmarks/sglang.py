@@ -186,7 +186,8 @@ def difference(rollouts: list[Rollout], answers: list[dict[str, Any]], *, same_t
 
 # --- Ahead of training --------------------------------------------------------------------------------------------------------
 
-# A fresh model with a vocabulary so large that hardly any response ends early, and steps so small that none learns to.
+# A fresh model with a vocabulary so large that hardly any response ends early, and steps so small that none learns to. It solves
+# nothing, so outcomes are coins: gradients must not be zero.
 AHEAD: dict[str, Any] = {
     "method": "tempo", "seed": 0, "threads": 1, "micro_batch_tokens": 4096,
     "model": {"create": {**qwen3(256, 4, 8192), "max_position_embeddings": 128}},
@@ -199,8 +200,8 @@ AHEAD: dict[str, Any] = {
         "sglang": {"threads": 1, "sync": "disk"}, "mismatch": {"every": 0},
     },
     "initialisation": {"critic_warmup": 1},
-    "em": {"iterations": 12, "rollouts": 64},
-    "estep": {"epochs": 2}, "mstep": {"importance": "token"},
+    "em": {"iterations": 12, "rollouts": 32, "posterior": "random"},
+    "estep": {"epochs": 1}, "mstep": {"importance": "token"},
     "evaluation": {"every": 0, "samples": 1}, "checkpoint": {"every": 0, "export": False},
 }  # fmt: skip
 

@@ -76,10 +76,10 @@ def mixed(quick: bool) -> list[Row]:
 
 
 def vocabulary(quick: bool) -> list[Row]:
-    work = Work(qwen3(256, 4, 151_936), lognormal(32), 2048)
+    work = Work(qwen3(256, 4, 151_936), lognormal(16), 2048)
     if quick:
         work = Work(qwen3(64, 1, 16_384), lognormal(8), 1024)
-    return compare("vocabulary", work, 1 if quick else 5, 1.2, memory_target=1 / 3)
+    return compare("vocabulary", work, 1 if quick else 3, 1.2, memory_target=1 / 3)
 
 
 def compare(
@@ -180,11 +180,11 @@ def memory(side: Side, update: Update, work: Work) -> dict[str, Any]:
 
 def ranks(quick: bool) -> list[Row]:
     """Runs on one rank and on two in turn. Those count during which the machine was quiet, if there are any."""
-    work = Work(qwen3(384, 8, 16_384), lognormal(96), 2048)
+    work = Work(qwen3(384, 8, 16_384), lognormal(48), 2048)
     if quick:
         work = Work(qwen3(128, 2, 2048), lognormal(16), 1024)
     with tempfile.TemporaryDirectory() as folder:
-        pairs = [[worker("speed", folder, work=work, ranks=n) for n in (2, 1)] for _ in range(1 if quick else 7)]
+        pairs = [[worker("speed", folder, work=work, ranks=n) for n in (2, 1)] for _ in range(1 if quick else 5)]
         moments = {(u, n): load_file(Path(folder) / f"{u}-{n}.safetensors") for u in UPDATES for n in (1, 2)}
     errors = {u: largest_difference(moments[u, 2], moments[u, 1]) for u in UPDATES}
     quiet = [pair for pair in pairs if all(run["others"] < QUIET for run in pair)] or pairs

@@ -77,7 +77,7 @@ def _rollout(recipe: Recipe) -> Iterator[str]:
         return
     if recipe.model.dtype == "float64":
         yield "SGLang has no float64; use model.dtype float32 or bfloat16, or rollout.backend local"
-    if rollout.top_p < 1 and not 1 < rollout.top_k <= 4096:
+    if rollout.top_k > 4096 or (rollout.top_p < 1 and rollout.top_k < 2):
         yield (
             "SGLang gives the log-probs of a truncated distribution only with top_k between 2 and 4096; "
             "set rollout.top_k beside top_p"
@@ -92,7 +92,10 @@ def _rollout(recipe: Recipe) -> Iterator[str]:
     if rollout.ahead and recipe.estep.every and recipe.em.order == "lagged":
         yield "rollout.ahead makes rollouts lag already; use em.order e_then_m"
     if rollout.ahead and servers.sync in ("distributed", "tensor"):
-        yield f"with rollout.ahead a server that dies begins with weights on disk; set rollout.sglang.sync to disk, it is {servers.sync}"
+        yield (
+            "with rollout.ahead a server that dies begins with weights on disk; set rollout.sglang.sync to disk, it is "
+            f"{servers.sync}"
+        )
     if servers.sync == "tensor" and servers.servers != "auto":
         yield "rollout.sglang.sync tensor hands pickles to children of this process only; use distributed or disk for URLs"
     if servers.sync == "distributed" and servers.data_parallel > 1:

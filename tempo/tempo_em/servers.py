@@ -52,7 +52,7 @@ def sglang_options(recipe: Recipe, policy: Policy) -> SGLangOptions:
         max_total_tokens=how.max_total_tokens,
         memory_fraction=how.memory_fraction,
         saves_memory=shares_gpus,
-        gpus=how.gpus or (tuple(range(torch.cuda.device_count())) if has_gpu else ()),
+        gpus=how.gpus or _own_gpus(),
         threads=how.threads,
         port=how.port,
         arguments=how.arguments,
@@ -82,6 +82,12 @@ def sglang_options(recipe: Recipe, policy: Policy) -> SGLangOptions:
         interrupts=rollout.partial,
         naps=shares_gpus,
     )
+
+
+def _own_gpus() -> tuple[int | str, ...]:
+    """The GPUs that this process sees, as another one must be told: not by their numbers in here."""
+    count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return tuple(names.split(",")[:count]) if names else tuple(range(count))
 
 
 def _sync(recipe: Recipe) -> SyncPath:

@@ -4,6 +4,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -90,3 +91,27 @@ def test_one_process_is_the_identity() -> None:
     assert parallel.largest(2.5) == 2.5
     assert parallel.sum_metrics({"a": x[0]}, {"b_max": x[1]}) == ({"a": 1.0}, {"b_max": 2.0})
     assert parallel.whole(x) is x
+
+
+def test_a_thread_that_is_alone_is_the_only_process_and_no_other_thread_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+
+    def where() -> tuple[int, int, bool]:
+        return parallel.rank(), parallel.world_size(), parallel.is_main()
+
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        with parallel.alone():
+            assert where() == (0, 1, True)
+            assert parallel.from_main(lambda: "decided here") == "decided here"
+            assert beside.submit(where).result() == (1, 2, False)
+        assert where() == (1, 2, False)
+
+
+def test_an_error_ends_being_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel.dist, "get_world_size", lambda: 2)
+    with pytest.raises(KeyError), parallel.alone():
+        raise KeyError
+    assert parallel.world_size() == 2

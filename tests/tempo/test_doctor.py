@@ -22,15 +22,11 @@ def row(mean: float = 0.0, largest: float = 0.0, kl: float = 0.0) -> dict[str, f
     return {"logprob_diff_mean": mean, "logprob_diff_max": largest, "mismatch_kl": kl}
 
 
-def disturbed(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """A pre-hook: what enters the block is wrong."""
-    return (args[0] * 1.5 + 1, *args[1:]), kwargs
-
-
 def disturbed_while_decoding(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    """The same while the local sampler goes on from its cache: the trainer uses none, a prefill has more than one token."""
+    """A pre-hook: what enters the block is wrong while the local sampler goes on from its cache. The trainer uses none, and a
+    prefill has more than one token."""
     is_decoding = kwargs.get("past_key_values") is not None and args[0].shape[1] == 1
-    return disturbed(module, args, kwargs) if is_decoding else (args, kwargs)
+    return ((args[0] * 1.5 + 1, *args[1:]) if is_decoding else args), kwargs
 
 
 def block(policy: Policy, number: int) -> nn.Module:
@@ -190,15 +186,23 @@ def test_a_weight_that_changes_after_the_sync_is_named(
 
 
 def test_a_block_that_computes_otherwise_than_the_server_s_is_found_in_its_dumps(served: Parts, tmp_path: Path) -> None:
-    """The last one with this server: it makes way for the one that dumps."""
-    hook = block(served.loop.policy, 1).register_forward_pre_hook(disturbed, with_kwargs=True)
+    """From the seventh position on: what predicts the third token after a prompt of five. The last test with this server: it makes
+    way for the one that dumps."""
+
+    def disturbed_late(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        wrong = args[0].clone()
+        wrong[:, 6:] = wrong[:, 6:] * 1.5 + 1
+        return (wrong, *args[1:]), kwargs
+
+    assert len(served.loop.unlabelled.next(1)[0].token_ids) == 5
+    hook = block(served.loop.policy, 1).register_forward_pre_hook(disturbed_late, with_kwargs=True)
     verdict = examine(served, 2, tmp_path, print)
     hook.remove()
     assert verdict.weights == []
     assert verdict.token is not None
-    assert verdict.token["position"] == 0, "the trainer is wrong from the first token on"
+    assert verdict.token["position"] == 2
     assert verdict.layer is not None, verdict.note
-    assert (verdict.layer.name, verdict.layer.block) == ("model.layers.1.input_layernorm", 1)
+    assert (verdict.layer.name, verdict.layer.position) == ("model.layers.1.input_layernorm", 6)
     agreeing = {layer.name: layer.difference for layer in verdict.layers if layer.block == 0}
     assert {"model.layers.0", "model.layers.0.self_attn.o_proj", "model.layers.0.mlp.down_proj"} <= agreeing.keys()
     assert max(agreeing.values()) < 1e-5

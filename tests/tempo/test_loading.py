@@ -31,7 +31,7 @@ def merged(**changes: Any) -> dict[str, Any]:
 def test_an_unknown_key_is_answered_with_its_path_the_nearest_name_and_the_choices() -> None:
     message = refusal(merged(rollout={"temprature": 1.0}))
     assert message.startswith(
-        "rollout.temprature is not an option (did you mean temperature?); rollout takes temperature, top_p"
+        "rollout.temprature is not an option (did you mean temperature?); rollout takes backend, temperature, top_p"
     )
 
 

@@ -58,7 +58,7 @@ def test_the_page_says_what_fills_memory_and_what_bounds_time(capsys: pytest.Cap
     page = capsys.readouterr().out
     assert "qwen3-8b-aime: 1 x 8 h100, bfloat16, FSDP2 over 8 shards" in page
     assert "policy 8.19 B (36 blocks of 192.95 M, embedding 622.33 M, LM head 622.33 M); critic 7.57 B" in page
-    assert "SGLang on the same GPUs (assumed), 8 servers of one GPU" in page
+    assert "SGLang on the same GPUs, 8 servers of one GPU" in page
     assert "bottleneck: rollout" in page
     assert "assumed, not measured: 50% of peak operations" in page
 

@@ -10,6 +10,8 @@ from tenacity import AsyncRetrying, retry_if_exception_type, stop_after_attempt,
 # A call that never reached the server, or that it answered with 5xx, is made again so many times in all.
 ATTEMPTS = 4
 CONNECT_SECONDS = 10.0
+# SGLang's server closes connections that were idle for 5 s; one that is being closed must not be used again.
+IDLE_SECONDS = 2.0
 
 
 class Unreachable(Exception):
@@ -36,7 +38,9 @@ class Client:
     def session(self) -> aiohttp.ClientSession:
         if self._session is None:
             self._session = aiohttp.ClientSession(
-                headers=self._headers, connector=aiohttp.TCPConnector(limit=0), trust_env=False
+                headers=self._headers,
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                trust_env=False,
             )
         return self._session
 

@@ -35,8 +35,8 @@ POLL_SECONDS = 0.25
 class ServerOptions:
     """How servers of ours are started. Names of `arguments` are SGLang's own, without dashes; they win over ours.
 
-    `gpus` are the visible devices of all replicas, each replica taking tensor_parallel * data_parallel of them; empty: those of this
-    process. `max_total_tokens` bounds the KV cache in tokens, `memory_fraction` weights and cache together in a share of the GPU.
+    `gpus` are the visible devices of all replicas, each replica taking tensor_parallel * data_parallel of them; empty: those of
+    this process. `max_total_tokens` bounds the KV cache in tokens, `memory_fraction` weights and cache together in a share of the GPU.
     """
 
     dtype: str
@@ -48,7 +48,7 @@ class ServerOptions:
     max_total_tokens: int | None = None
     memory_fraction: float | None = None
     saves_memory: bool = False
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[int | str, ...] = ()
     threads: int = 1
     port: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -83,8 +83,8 @@ class Server:
     def start(self, options: ServerOptions, model: Path, *, is_blank: bool, version: int) -> None:
         """Start it in the background, on a free port of this machine, with a key that nobody else knows.
 
-        `is_blank`: the folder holds a config only, weights follow. The key stands in a file that only this user can read, not in the
-        list of processes.
+        `is_blank`: the folder holds a config only, weights follow. The key stands in a file that only this user can read, not in
+        the list of processes.
         """
         assert self.log is not None
         port = options.port + self.number if options.port else free_port()
@@ -105,6 +105,8 @@ class Server:
         while not self.has_ended:
             try:
                 await self.client.get("/health", seconds=10.0, attempts=1)
+                if self.log is not None:
+                    self.log.with_suffix(".yaml").unlink(missing_ok=True)  # with its key, which was read
                 return
             except (Unreachable, Refused):
                 pass

@@ -1,5 +1,6 @@
 """What a run still needs: a recipe for a published model can be checked before its weights and data are downloaded."""
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,5 +33,7 @@ def _missing(recipe: Recipe) -> Iterator[str]:
     for name, source in sources.items():
         if isinstance(source, JsonlSource) and not source.jsonl.is_file():
             files.setdefault(source.jsonl, []).append(f"data.{name}")
+    if recipe.rollout.backend == "sglang" and importlib.util.find_spec("sglang") is None:
+        yield "install SGLang: pip install 'tempo-engine[sglang]'"
     for file, names in files.items():
         yield f"put the questions of {' and '.join(names)} at {file}"

@@ -42,7 +42,7 @@ class Sampling:
             return f"the engine's own sampler, {self.running} sequences at a time on each process"
         size = "one GPU" if self.tensor_parallel == 1 else f"{self.tensor_parallel} GPUs"
         servers = "one server" if self.servers == 1 else f"{self.servers} servers"
-        return f"SGLang on the same GPUs (assumed), {servers} of {size}, {self.running} sequences of the longest length on each"
+        return f"SGLang on the same GPUs, {servers} of {size}, {self.running} sequences of the longest length on each"
 
 
 def sampling(layout: Layout) -> Sampling:
