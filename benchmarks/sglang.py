@@ -12,6 +12,7 @@ must be (ahead), weights that changed since the last sync and arrived (sync). Wh
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -43,7 +44,6 @@ from tempo_engine.weights import DTYPES, create_causal_lm, save_config
 from tempo_kernels.bench.report import commit, device_name
 from trainer import markdown, number, qwen3
 
-FOLDER = Path(__file__).resolve().parent
 PROMPT_TOKENS, NEW_TOKENS = 128, 64
 # Of the log-probs of two calls with the same seeds: a server puts requests into batches as they come.
 LOGPROB_LIMIT = 1e-4
@@ -60,12 +60,8 @@ def policy_of(config: Mapping[str, Any], dtype: str) -> Policy:
 
 def server_options(dtype: str, *, deterministic: bool = False, threads: int = 1) -> ServerOptions:
     return ServerOptions(
-        dtype=dtype,
-        max_running=32,
-        context_length=2 * (PROMPT_TOKENS + NEW_TOKENS),
-        deterministic=deterministic,
-        threads=threads,
-    )
+        dtype=dtype, max_running=32, context_length=2 * (PROMPT_TOKENS + NEW_TOKENS), deterministic=deterministic, threads=threads
+    )  # fmt: skip
 
 
 @contextmanager
@@ -116,13 +112,12 @@ def overhead(quick: bool) -> list[Row]:
         policy = policy_of(models[name], "float32")
         for has_seeds in (True, False):
             with sampler_of(policy, server_options("float32", deterministic=has_seeds)) as sampler:
-                rows += overhead_rows(name, sampler, 2 if quick else 25)
+                rows += overhead_rows(name, sampler, 2 if quick else 20)
     return rows
 
 
 def overhead_rows(model: str, sampler: SGLangSampler, repeats: int) -> list[Row]:
-    """Four groups of 8, their prompts in the server's cache or not. Without a seed for each response only the numbers of tokens
-    can be the same."""
+    """Four groups of 8, their prompts in the server's cache or not. Without seeds only the numbers of tokens can be the same."""
     assert sampler.policy is not None
     has_seeds = sampler.options.server.deterministic
     prompts = random_prompts(4, sampler.policy.vocab_size)
@@ -142,23 +137,24 @@ def overhead_rows(model: str, sampler: SGLangSampler, repeats: int) -> list[Row]
         row: Row = {"op": "sample", "case": case, "dtype": sampler.options.server.dtype, "peer": "bare /generate"}
         row |= {"unit": "seconds", "target": None if before else 1.05}
         row |= compared(seconds["ours"], seconds["theirs"]) | {"checked": error < LOGPROB_LIMIT, "error": error}
-        rate = 4 * GROUP_SIZE * NEW_TOKENS / row["theirs"]
-        rows.append(row | {"note": f"server alone {rate:,.0f} tokens/s; {same}"})
+        rows.append(row | {"note": f"server alone {4 * GROUP_SIZE * NEW_TOKENS / row['theirs']:,.0f} tokens/s; {same}"})
     return rows
 
 
 def random_prompts(count: int, vocab_size: int) -> list[Prompt]:
     rng = random.Random(0)
-    return [Prompt(str(i), "", tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS))) for i in range(count)]
+    rows = [tuple(rng.randrange(vocab_size) for _ in range(PROMPT_TOKENS)) for _ in range(count)]
+    return [Prompt(str(i), "", row) for i, row in enumerate(rows)]
 
 
 def bare_payload(sampler: SGLangSampler, prompts: list[Prompt]) -> tuple[Server, bytes]:
     """The very requests of `sampler.sample(prompts, GROUP_SIZE, key="bench")` in one, and the server to send it to."""
     assert sampler._fleet is not None
-    names = response_names(prompts, GROUP_SIZE, f"{sampler.seed}/bench")
     request = {
         "input_ids": [list(p.token_ids) for p in prompts for _ in range(GROUP_SIZE)],
-        "sampling_params": [sampler._parameters(name) for name in names],
+        "sampling_params": [
+            sampler._parameters(name) for name in response_names(prompts, GROUP_SIZE, f"{sampler.seed}/bench")
+        ],
         "return_logprob": True,
     }
     return sampler._fleet.servers[0], json.dumps(request).encode()
@@ -282,11 +278,8 @@ def fleet_of(policy: Policy, folder: Path) -> Iterator[Fleet]:
 
 def sync_rows(model: str, policy: Policy, fleet: Fleet, folder: Path, repeats: int) -> list[Row]:
     """Each path with its receipt and without, in turn. The first round, in which a process group is made, does not count."""
-    syncs: dict[tuple[SyncPath, Verify], WeightSync] = {
-        (path, verify): WeightSync(fleet, path, folder / f"{path}-{verify}", verify=verify)
-        for path in get_args(SyncPath)
-        for verify in get_args(Verify)
-    }
+    each = itertools.product(get_args(SyncPath), get_args(Verify))
+    syncs = {(p, verify): WeightSync(fleet, p, folder / f"{p}-{verify}", verify=verify) for p, verify in each}
     found: dict[tuple[SyncPath, Verify], list[dict[str, float]]] = {which: [] for which in syncs}
     for _ in range(repeats + 1):
         for which, one in syncs.items():
@@ -303,8 +296,12 @@ def sync_rows(model: str, policy: Policy, fleet: Fleet, folder: Path, repeats: i
         repeated = sum(m["repeats"] for runs in found.values() for m in runs)
         num_bytes, share = found[path, "checksum"][0]["bytes"], 1 - 1 / row["ratio"]
         row |= {"checked": was_checked and not repeated, "bytes": num_bytes, "receipt_share": share}
-        rate = num_bytes / row["ours"] / 1e6
-        rows.append(row | {"note": f"{num_bytes / 1e6:,.1f} MB, {rate:,.0f} MB/s; receipt {share:.0%} of it"})
+        rows.append(
+            row
+            | {
+                "note": f"{num_bytes / 1e6:,.1f} MB, {num_bytes / row['ours'] / 1e6:,.0f} MB/s; receipt {share:.0%} of it"
+            }
+        )
     return rows
 
 
@@ -383,7 +380,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     args = parser.parse_args()
     # This file has the package's name: neither this process nor a server may find it instead.
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != FOLDER]
+    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
     os.environ["PYTHONSAFEPATH"] = "1"
     torch.set_num_threads(1)
     rows: list[Row] = []

@@ -61,7 +61,7 @@ class Rollout:
 
 
 def response_names(prompts: Sequence[Prompt], group_size: int, occasion: str) -> list[str]:
-    """A name for each of a group's responses, the same wherever and with whatever others it is sampled: what its draws begin with."""
+    """A name for each of a group's responses, the same wherever and with whatever others it is sampled: its draws begin with it."""
     occurrence: Counter[str] = Counter()
     names = []
     for prompt in prompts:

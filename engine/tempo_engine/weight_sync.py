@@ -18,7 +18,7 @@ from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import torch
@@ -70,7 +70,7 @@ class WeightSync:
     def push(self, policy: Policy) -> None:
         """All servers hold these weights afterwards, or it raises Halted. Collective.
 
-        With `interrupts`, responses that are being generated wait meanwhile and go on with the new weights; else there must be none.
+        With `interrupts`, responses that are being generated wait meanwhile and go on with the new weights; else there are none.
         """
         start = time.perf_counter()
         wrong = ""
@@ -99,9 +99,9 @@ class WeightSync:
             (writing / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}), encoding="utf-8")
             shutil.rmtree(final, ignore_errors=True)
             writing.rename(final)
-            for old in self.folder.glob("version-*"):
-                if old != final:
-                    shutil.rmtree(old, ignore_errors=True)
+            versions = sorted(self.folder.glob("version-*"), key=lambda path: path.stat().st_mtime)
+            for old in versions[:-2]:  # a server may be reading the last but one
+                shutil.rmtree(old, ignore_errors=True)
         return final
 
     def _buckets(self, policy: Policy) -> Iterator[Bucket]:
@@ -150,9 +150,11 @@ class WeightSync:
                 self._all(servers, "/update_weights_from_disk", _from_disk(folder) | self._how(version))
             else:
                 self._send_buckets(fleet, servers, version, buckets)
+            wrong = fleet.run(self._what_is_wrong(fleet, servers, probe))
             for server in servers:
-                server.version = version
-            return fleet.run(self._what_is_wrong(fleet, servers, probe))
+                if server.is_live and not wrong:
+                    server.version = version
+            return wrong
         except (Refused, RuntimeError) as error:
             deque(buckets, maxlen=0)  # the other ranks gather all of them
             return str(error)
@@ -163,6 +165,9 @@ class WeightSync:
             fleet.run(fleet.end_update(version, folder))
 
     def _send_buckets(self, fleet: Fleet, servers: list[Server], version: int, buckets: Iterator[Bucket]) -> None:
+        if not servers:  # all are being replaced
+            deque(buckets, maxlen=0)
+            return
         with suppress(Refused):  # one that an update left open when it failed
             self._all(servers, "/end_weight_update", {})
         self._all(servers, "/begin_weight_update", {})
@@ -182,11 +187,13 @@ class WeightSync:
         return {"weight_version": str(version), "flush_cache": not self.keeps_cache}
 
     def _all(self, servers: list[Server], path: str, payload: dict[str, Any]) -> list[Any]:
+        """One that did not answer is not asked again: its watcher replaces it after the update."""
         assert self.fleet is not None
-        seconds = self.fleet.patience.update
+        seconds, servers = self.fleet.patience.update, [server for server in servers if server.is_live]
         return self.fleet.run(on_all(servers, lambda s: s.client.post(path, payload, seconds=seconds, attempts=1)))
 
     async def _what_is_wrong(self, fleet: Fleet, servers: list[Server], probe: Probe | None) -> str:
+        servers = [server for server in servers if server.is_live]
         seconds = fleet.patience.update
         if probe is not None:
             found = await on_all(servers, lambda s: probe.difference(s.client, seconds=seconds))
@@ -276,10 +283,17 @@ def _process_group(backend: str, host: str, port: int, size: int, name: str, sec
     from torch.distributed import distributed_c10d as c10d
 
     timeout = timedelta(seconds=seconds)
-    store, rank, size = next(iter(c10d.rendezvous(f"tcp://{host}:{port}", 0, size, timeout=timeout)))
+    members = c10d.rendezvous(f"tcp://{host}:{port}", 0, size, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
+    store, rank, size = next(iter(members))
     store.set_timeout(timeout)
     group, _ = c10d._new_process_group_helper(
-        size, rank, [], c10d.Backend(backend), c10d.PrefixStore(name, store), group_name=name, timeout=timeout
+        size,
+        rank,
+        [],
+        c10d.Backend(backend),
+        c10d.PrefixStore(name, store),
+        group_name=cast(Any, name),
+        timeout=timeout,
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group

@@ -171,7 +171,7 @@ def copy_weights(target: nn.Module, source: nn.Module) -> None:
 
 @torch.no_grad()
 def whole_weights(model: PreTrainedModel, dtype: torch.dtype, lora: Lora | None) -> Iterator[tuple[str, Tensor]]:
-    """All weights, whole, one after the other, by their names in a file; adapters are added to what they adapt (W + alpha / rank B A).
+    """All weights, whole, one after the other, by their names in a file; adapters added to what they adapt (W + alpha / rank B A).
 
     Collective: every rank must walk through all of them.
     """

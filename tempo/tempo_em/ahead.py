@@ -1,4 +1,4 @@
-"""Sampling ahead: coming iterations are sampled on a thread of their own while earlier ones train. Staleness is bounded by how many."""
+"""Sampling ahead: coming iterations are sampled on a thread of their own while earlier ones train: how many bounds staleness."""
 
 import copy
 from collections.abc import Callable
@@ -26,7 +26,7 @@ class Ahead:
         self._coming: dict[int, Future[Sampled]] = {}
 
     def take(self, stage: str, iteration: int, last: int, cursors: Cursors, sample: Sample) -> Sampled:
-        """The rollouts of this iteration; those after it, up to `last`, are begun. `cursors`: the position in the data before it."""
+        """The rollouts of this iteration; those after it, up to `last`, are begun. `cursors`: where in the data it begins."""
         if stage != self._stage or iteration not in self._coming:
             self.forget()
             self._stage, self._next = stage, iteration

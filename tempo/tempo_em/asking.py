@@ -53,7 +53,7 @@ class Asking:
         return rollouts[:wanted], rewards[:wanted], accuracy
 
     def unlabelled(self) -> list[Rollout]:
-        """Fresh responses to unlabelled prompts. With dynamic sampling, groups that all give one answer are left out and replaced."""
+        """Fresh responses to unlabelled prompts. With dynamic sampling, groups that all give one answer are replaced."""
         size, extract = self.loop.recipe.em.group_size, self.loop.extract_unlabelled
         wanted = self.num_unlabelled * size
         rollouts: list[Rollout] = []

@@ -74,6 +74,8 @@ def _rollout(recipe: Recipe) -> Iterator[str]:
     if rollout.backend == "local":
         if rollout.ahead:
             yield "rollout.ahead wants servers that sample while this process trains; use rollout.backend sglang"
+        if rollout.partial:
+            yield "rollout.partial wants servers that sample ahead of training; use rollout.backend sglang and rollout.ahead"
         return
     if recipe.model.dtype == "float64":
         yield "SGLang has no float64; use model.dtype float32 or bfloat16, or rollout.backend local"

@@ -170,13 +170,14 @@ def test_forgetting_waits_for_what_is_being_sampled_and_drops_the_rest(make_ahea
     assert source.begun == [0, 1]
 
 
-def test_a_new_stage_begins_with_its_own_first_iteration(make_ahead: Callable[[int], Ahead]) -> None:
+def test_what_was_begun_for_one_stage_is_not_taken_for_another(make_ahead: Callable[[int], Ahead]) -> None:
+    """Even where their iterations have the same numbers."""
     ahead, cursors = make_ahead(2), cursors_at(0)
-    train(ahead, Source(), range(2), cursors, stage="rlvr", last=5)
-    source = Source()
-    expected = train(make_ahead(2), Source(), range(3), copy.deepcopy(cursors))
-    assert train(ahead, source, range(3), cursors, stage="em") == expected
-    assert source.begun == [0, 1, 2], "nothing of the stage before was taken for this one's"
+    train(ahead, Source(), range(1), cursors, stage="rlvr", last=5)
+    source = Source(wants=lambda iteration: 3)
+    expected = train(make_ahead(2), Source(wants=lambda iteration: 3), range(1, 4), copy.deepcopy(cursors))
+    assert train(ahead, source, range(1, 4), cursors, stage="em") == expected
+    assert source.begun == [1, 2, 3]
 
 
 def test_an_exception_reaches_who_takes_that_iteration(make_ahead: Callable[[int], Ahead]) -> None:

@@ -12,8 +12,8 @@ from tempo_engine.model import Policy
 from tempo_engine.rollout import Prompt, Rollout, response_names
 from tempo_engine.sglang.fleet import Fleet, Group, Patience, on_all
 from tempo_engine.sglang.server import ServerOptions
-from tempo_engine.weights import save_config
 from tempo_engine.weight_sync import SyncPath, WeightSync
+from tempo_engine.weights import save_config
 
 # What a server may give back of a GPU's memory while the trainer works.
 MEMORY = ["kv_cache", "weights"]
@@ -42,8 +42,8 @@ class SGLangOptions:
 class SGLangSampler:
     """Samples through servers; see the Sampler protocol. Between `open` and `close` the main rank holds the connection to them.
 
-    Args as those of LocalSampler. In deterministic mode every response has a seed of its own, from the run's seed, the occasion, the
-    prompt and the sample's number; else servers draw as they like.
+    Args as those of LocalSampler. In deterministic mode every response has a seed of its own, from the run's seed, the occasion,
+    the prompt and the sample's number; else servers draw as they like.
     """
 
     def __init__(
@@ -73,7 +73,10 @@ class SGLangSampler:
         self._cached, self._prompted = 0, 0
 
     def open(self, folder: Path, policy: Policy) -> None:
-        """Start the servers, without waiting, or join them. Their logs, and weights on their way, are in this folder. Collective."""
+        """Start the servers, without waiting, or join them. Their logs, and weights on their way, are in this folder.
+
+        Collective.
+        """
         how = self.options
         if parallel.is_main():
             if how.urls:

@@ -100,7 +100,7 @@ class Client:
                 if response.status != 200:
                     _check("/generate", response.status, await response.text())
                 async for event in _events(response.content):
-                    if "error" in event:
+                    if "meta_info" not in event:
                         raise Refused("/generate", 400, _message(event))
                     yield event.get("index", 0), event
         except (aiohttp.ClientError, TimeoutError, ConnectionError, ValueError) as error:
@@ -112,11 +112,13 @@ async def _events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]
     waiting = bytearray()
     async for chunk in content.iter_any():
         waiting += chunk
-        *lines, rest = waiting.split(b"\n\n")
-        waiting = rest
+        *lines, waiting = waiting.split(b"\n\n")
         for line in lines:
-            if line.startswith(b"data: ") and line != b"data: [DONE]":
+            if line == b"data: [DONE]":
+                return
+            if line.startswith(b"data: "):
                 yield json.loads(line[6:])
+    raise ConnectionError("the answer ended before it was finished")
 
 
 def _check(path: str, status: int, text: str) -> None:

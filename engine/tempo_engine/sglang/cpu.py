@@ -68,7 +68,7 @@ def __getattr__(name: str) -> Any:
         SRTPlatform,
     )
 
-    class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+    class CpuPlatform(CpuDeviceMixin, SRTPlatform):  # pyright: ignore[reportIncompatibleMethodOverride]
         # Out of tree: SGLang's own CPU platform wants kernels of which there is no package.
         _enum = PlatformEnum.OOT
         device_name = "cpu"
@@ -103,7 +103,7 @@ def _stand_in_for_torchvision() -> None:
     """Modules with the names that SGLang imports for images: there is no CPU build of torchvision beside that of torch."""
     if importlib.util.find_spec("torchvision") is not None:
         return
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     is_torchvision_available()  # transformers concludes that there is none, before there seems to be one
     interpolation = enum.Enum(

@@ -10,10 +10,11 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from tempo_engine.errors import Halted, UserError
 from tempo_engine.sglang.client import Refused, Unreachable
-from tempo_engine.sglang.server import LOOPBACK, Server, ServerOptions
+from tempo_engine.sglang.server import LOOPBACKS, Server, ServerOptions
 
 T = TypeVar("T")
 # Between looks at servers that seem well. Processes that have ended are found sooner, by the requests they owe.
@@ -55,7 +56,8 @@ class Group:
 class Fleet:
     """Starts `replicas` servers of ours, or joins those at `urls`.
 
-    `weights` is a directory with the current weights, if there is one: what a replaced server begins with. `version` is theirs.
+    `weights` is a directory with the current weights, if there is one: what a replaced server begins with. `version` is theirs:
+    only servers that have it are asked.
     """
 
     def __init__(self, options: ServerOptions, patience: Patience, *, folder: Path, replicas: int = 1) -> None:
@@ -63,7 +65,7 @@ class Fleet:
         self.servers = [Server(n, "", "", log=folder / f"server-{n}.log") for n in range(replicas)]
         self.is_own = True
         self.weights: Path | None = None
-        self.version = 0
+        self.version: int | None = None  # of no weights yet
         self.wants_weights = False
         self.is_napping = False
         self.num_restarts, self.num_repeated = 0, 0
@@ -71,6 +73,7 @@ class Fleet:
         self._failure: Exception | None = None
         self._num_generating = 0
         self._updating = False
+        self._num_updates = 0
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True)
         self._changed = asyncio.Condition()
@@ -129,7 +132,7 @@ class Fleet:
     async def generate(self, groups: Sequence[Group]) -> None:
         """Fill every group's outputs. Longest prompts first; those of a group stay together, so that its prompt is computed once.
 
-        Returns early, with some still owed, when `wants_weights`. Raises Halted when too many servers died.
+        Returns early, with some still owed, when `wants_weights`. Raises Halted when servers failed for good.
         """
         tasks = [asyncio.create_task(self._finish(g)) for g in sorted(groups, key=lambda g: -len(g.input_ids))]
         self._num_generating += 1
@@ -151,14 +154,16 @@ class Fleet:
                 return
             started = asyncio.Event()
             first = 1 if len(group.input_ids) >= SHARED_PROMPT else len(owed)
-            ends = await asyncio.gather(
-                self._ask(server, group, owed[:first], begins=started),
-                self._ask(server, group, owed[first:], after=started),
-                return_exceptions=True,
-            )
+            asking = {
+                asyncio.create_task(self._ask(server, group, owed[:first], begins=started)),
+                asyncio.create_task(self._ask(server, group, owed[first:], after=started)),
+            }
+            server.asked |= asking
+            ends = await asyncio.gather(*asking, return_exceptions=True)
+            server.asked -= asking
             server.in_flight -= len(owed)
             for error in ends:
-                if isinstance(error, Unreachable):
+                if isinstance(error, Unreachable | asyncio.CancelledError):
                     server.is_live = False
                     server.suspect.set()
                 elif error is not None:
@@ -235,7 +240,10 @@ class Fleet:
         async with self._changed:
             if waits:
                 await self._changed.wait_for(lambda: not self._num_generating)
+            if self._failure:
+                raise self._failure
             self._updating = True
+            self._num_updates += 1
             return [server for server in self.servers if server.is_live]
 
     async def end_update(self, version: int, folder: Path | None) -> None:
@@ -254,21 +262,30 @@ class Fleet:
     # --- Faults ---
 
     async def _watch(self, server: Server) -> None:
-        """For as long as the fleet works: find out when the server is dead or stuck, and replace it."""
+        """For as long as the fleet works: find out when the server is dead or stuck, or missed an update, and mend that."""
         server.is_live = True
-        server.version = -1 if self.is_own else None
         await self._notify()
         while self._failure is None:
             with suppress(TimeoutError):
                 async with asyncio.timeout(WATCH_SECONDS):
                     await server.suspect.wait()
-            if self._updating or await self._is_well(server):
-                server.suspect.clear()
-                server.is_live = True
-            else:
-                server.is_live = False
-                await self._replace(server)
+            await self._until_updated()
+            updates, is_well = self._num_updates, await self._is_well(server)
+            if updates != self._num_updates:  # paused meanwhile, it could not answer
+                continue
+            server.is_live = is_well and server.version == self.version
+            try:
+                if not is_well:
+                    await self._replace(server)
+                if not server.is_live:
+                    await self._catch_up(server)
+            except (Unreachable, Refused) as error:
+                self._failure = Halted(str(error))
             await self._notify()
+
+    async def _until_updated(self) -> None:
+        async with self._changed:
+            await self._changed.wait_for(lambda: not self._updating)
 
     async def _is_well(self, server: Server) -> bool:
         if server.has_ended or self.is_napping:  # without memory it cannot generate, but its process can end
@@ -276,34 +293,38 @@ class Fleet:
         return await server.client.is_well(seconds=self.patience.health)
 
     async def _replace(self, server: Server) -> None:
-        """A server of ours is killed and started again with the current weights; one of others' is waited for."""
-        try:
-            if self.is_own:
-                await server.kill()
-                await self._start_again(server)
-            else:
-                await server.wait_until_ready(seconds=self.patience.start)
-                server.suspect.clear()
-        except (Unreachable, Refused) as error:
-            self._fail(str(error))
+        """A server of ours is killed and started again with the current weights; one of others' is waited for.
 
-    async def _start_again(self, server: Server) -> None:
+        Raises Unreachable when too many died, or when it does not come back.
+        """
+        for task in server.asked:  # a stopped server leaves its connections open
+            task.cancel()
+        if not self.is_own:
+            await server.wait_until_ready(seconds=self.patience.start)
+            server.version = None  # nobody knows
+            return
+        await server.kill()
         self._deaths += 1
         if self._deaths > self.patience.restarts:
-            self._fail(
-                f"{server.name} died, and others {self._deaths - 1} times since a batch was finished; see {server.log}"
+            before = self._deaths - 1
+            raise Unreachable(
+                f"{server.name} died, and servers {before} times before it since a batch was finished; see {server.log}"
             )
-            return
         self.num_restarts += 1
         weights, version = await self._weights_on_disk()
         server.start(self.options, weights, is_blank=False, version=version)
         await server.wait_until_ready(seconds=self.patience.start)
-        while version != self.version:  # there was an update while it started
+        server.version = version
+
+    async def _catch_up(self, server: Server) -> None:
+        """Give it the current weights, if it has others, and requests."""
+        while server.version != self.version:
             weights, version = await self._weights_on_disk()
             update = {"model_path": str(weights.resolve()), "load_format": "auto", "weight_version": str(version)}
             await server.client.post("/update_weights_from_disk", update, seconds=self.patience.update)
-        server.version, server.is_live = version, True
+            server.version = version
         server.suspect.clear()
+        server.is_live = True
 
     async def _weights_on_disk(self) -> tuple[Path, int]:
         """A directory with the current weights and their version, as soon as there is one and no update is going on."""
@@ -313,14 +334,12 @@ class Fleet:
                 self._changed.notify_all()
             await self._changed.wait_for(lambda: self.weights is not None and not self._updating)
             assert self.weights is not None
+            assert self.version is not None
             return self.weights, self.version
-
-    def _fail(self, why: str) -> None:
-        self._failure = Halted(why)
 
     @property
     def is_on_this_machine(self) -> bool:
-        return all(LOOPBACK in s.client.url or "localhost" in s.client.url for s in self.servers)
+        return all(urlsplit(server.client.url).hostname in LOOPBACKS for server in self.servers)
 
 
 async def on_all(servers: Sequence[Server], call: Callable[[Server], Awaitable[Any]]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A few fixed sequences whose log-probs trainer and server must agree on: proof of the weights where checksums cannot be compared."""
+"""A few fixed sequences whose log-probs trainer and server must agree on: proof of weights whose checksums cannot be compared."""
 
 import copy
 import random

@@ -60,4 +60,4 @@ def checksum(x: Tensor) -> str:
 
         return f"{tensor_hash(x):016x}"
     data = x.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return hashlib.sha256(memoryview(data)).hexdigest()[:16]
+    return hashlib.sha256(data.data).hexdigest()[:16]

@@ -22,6 +22,7 @@ from tempo_engine.sglang import VERSION
 from tempo_engine.sglang.client import Client, Refused, Unreachable
 
 LOOPBACK = "127.0.0.1"
+LOOPBACKS = (LOOPBACK, "localhost", "::1")
 # What torchrun says to its ranks must not reach a server, which has ranks of its own.
 NOT_INHERITED = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
@@ -36,7 +37,8 @@ class ServerOptions:
     """How servers of ours are started. Names of `arguments` are SGLang's own, without dashes; they win over ours.
 
     `gpus` are the visible devices of all replicas, each replica taking tensor_parallel * data_parallel of them; empty: those of
-    this process. `max_total_tokens` bounds the KV cache in tokens, `memory_fraction` weights and cache together in a share of the GPU.
+    this process. `max_total_tokens` bounds the KV cache in tokens, `memory_fraction` weights and cache together in a share of the
+    GPU.
     """
 
     dtype: str
@@ -59,7 +61,8 @@ class ServerOptions:
 
 
 class Server:
-    """A replica. `is_live` is set while requests may be sent to it, `version` is that of the weights it was last seen with."""
+    """A replica. `is_live` is set while requests may be sent to it, `version` is that of the weights it was last seen with, `asked`
+    what waits for its answers."""
 
     def __init__(self, number: int, url: str, key: str, *, log: Path | None = None) -> None:
         self.number = number
@@ -70,6 +73,7 @@ class Server:
         self.is_live = False
         self.version: int | None = None
         self.in_flight = 0
+        self.asked: set[asyncio.Task[None]] = set()
         self.suspect = asyncio.Event()
 
     @property
@@ -229,7 +233,7 @@ def check_url(url: str, allowed_hosts: Sequence[str]) -> None:
         raise UserError(
             f"rollout.sglang.servers: {url!r} is no URL of a server; write for example http://127.0.0.1:30000"
         )
-    if parts.hostname not in (LOOPBACK, "localhost", "::1", *allowed_hosts):
+    if parts.hostname not in (*LOOPBACKS, *allowed_hosts):
         raise UserError(
             f"rollout.sglang.servers: {url} is another machine; add {parts.hostname} to rollout.sglang.allowed_hosts "
             "if prompts and weights may go there"

@@ -90,7 +90,7 @@ def test_the_key_goes_with_every_request(serving: Serving) -> None:
 
     async def handle(request: web.Request) -> web.Response:
         heard.append(request.headers.get("Authorization"))
-        return web.json_response({})
+        return web.Response(body=DONE) if request.path == "/generate" else web.json_response({})
 
     async def main() -> None:
         async with serving(handle, key="secret") as client:
@@ -421,6 +421,18 @@ def test_events_are_the_same_wherever_the_stream_is_cut(cuts: list[int]) -> None
     assert asyncio.run(main()) == EVENTS
 
 
+def test_a_stream_that_ends_before_it_is_done_is_unreachable(serving: Serving) -> None:
+    found: Outputs = []
+
+    async def main() -> None:
+        async with serving(streaming(event(output(0, reason=STOP)))) as client:
+            await received(client, found)
+
+    with pytest.raises(Unreachable, match="ended before it was finished"):
+        asyncio.run(main())
+    assert len(found) == 1
+
+
 def test_many_generations_go_on_at_a_time(serving: Serving) -> None:
     """More than aiohttp's own bound of 100 connections: nobody waits for another's response."""
     everybody_is_there = asyncio.Event()
@@ -432,7 +444,7 @@ def test_many_generations_go_on_at_a_time(serving: Serving) -> None:
         if waiting == 150:
             everybody_is_there.set()
         await everybody_is_there.wait()
-        return web.Response(text=event(output(0, reason=STOP)).decode())
+        return web.Response(body=event(output(0, reason=STOP)) + DONE)
 
     async def main() -> list[Outputs]:
         outputs: list[Outputs] = [[] for _ in range(150)]

@@ -12,14 +12,14 @@ import psutil
 import pytest
 import torch
 from tempo_engine import weight_sync
-from tempo_engine.errors import Halted, UserError
+from tempo_engine.errors import Halted
 from tempo_engine.model import Policy
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.samplers.sglang import SGLangOptions, SGLangSampler
-from tempo_engine.sglang.client import Client, Refused
+from tempo_engine.sglang.client import Refused
 from tempo_engine.sglang.fleet import Fleet, Patience
-from tempo_engine.sglang.server import ServerOptions, check_answers
+from tempo_engine.sglang.server import ServerOptions
 from tempo_engine.weight_sync import SyncPath, WeightSync
 from tempo_engine.weights import create_causal_lm
 
@@ -204,7 +204,7 @@ def test_log_probs_of_a_probe_betray_wrong_weights(
         return send([(name, x * 0 if "layers.1.mlp" in name else x) for name, x in bucket])
 
     monkeypatch.setattr(weight_sync, "_serialized", without_last_layer)
-    with pytest.raises(Halted, match="log-probs of server 0 .* off the trainer's"):
+    with pytest.raises(Halted, match=r"log-probs of server 0 .* off the trainer's"):
         WeightSync(fleet, "tensor", tmp_path, verify="probe").push(changed(policy))
     sampler._pushed = -1
 
@@ -292,6 +292,6 @@ def test_too_many_deaths_stop_the_run_with_a_sentence(sampler: SGLangSampler, fl
     thread.join()
     assert len(rollouts) == len(PROMPTS)
     process.kill()
-    with pytest.raises(Halted, match="server 0 .* died"):
+    with pytest.raises(Halted, match=r"server 0 .* died"):
         sampler.sample(PROMPTS, 2, key="too late")
     assert not psutil.pid_exists(process.pid) or psutil.Process(process.pid).status() == psutil.STATUS_ZOMBIE

@@ -1,13 +1,12 @@
-"""What is found out before a server starts, what it is started with, and how its end is noticed. No server runs here."""
+"""What a server is started with, and how its end is noticed. No server runs here."""
 
 import asyncio
 import os
 import secrets
-import socket
 import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
@@ -16,18 +15,12 @@ import pytest
 import torch
 import yaml
 from aiohttp import web
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from tempo_engine.errors import UserError
-from tempo_engine.sglang import VERSION, server
+from tempo_engine.sglang import server
 from tempo_engine.sglang.client import Client, Unreachable
 from tempo_engine.sglang.server import (
     LOOPBACK,
     Server,
     ServerOptions,
-    check_answers,
-    check_can_start,
-    check_url,
     end,
     free_port,
 )
@@ -84,156 +77,6 @@ def on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
-
-
-# --- URLs --------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:30000",
-        "http://localhost:30000/",
-        "https://localhost",
-        "http://[::1]:30000",
-        "http://LOCALHOST",
-    ],
-)
-def test_servers_on_this_machine_may_always_be_asked(url: str) -> None:
-    check_url(url, [])
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "",
-        "127.0.0.1:30000",
-        "localhost:30000",
-        "ftp://127.0.0.1",
-        "file:///etc/passwd",
-        "http://",
-        "http://:80",
-        "http://[::1",
-    ],
-)
-def test_what_is_no_url_of_a_server_is_refused(url: str) -> None:
-    with pytest.raises(UserError, match="is no URL of a server; write for example http://"):
-        check_url(url, [])
-
-
-@pytest.mark.parametrize(
-    ("url", "host"),
-    [
-        ("http://10.0.0.7:30000", "10.0.0.7"),
-        ("https://localhost.example.org", "localhost.example.org"),
-        ("http://localhost@example.org", "example.org"),
-        ("http://127.0.0.2", "127.0.0.2"),
-    ],
-)
-def test_another_machine_is_asked_only_when_the_recipe_allows_it(url: str, host: str) -> None:
-    with pytest.raises(UserError, match=f"is another machine; add {host} to rollout.sglang.allowed_hosts"):
-        check_url(url, ["gpu7.example.org"])
-    check_url(url, ["gpu7.example.org", host])
-
-
-@settings(deadline=None)
-@given(url=st.text() | st.text().map("http://{}".format))
-@example(url="http://[")
-def test_any_text_is_answered_by_a_sentence_or_not_at_all(url: str) -> None:
-    with suppress(UserError):
-        check_url(url, [])
-
-
-# --- Before a run ------------------------------------------------------------------------------------------------------------
-
-
-def test_a_port_in_use_is_refused_with_its_number() -> None:
-    with socket.socket() as taken:
-        taken.bind((LOOPBACK, 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(UserError, match=rf"rollout\.sglang\.port: port {port} is in use; choose another"):
-            check_can_start(replace(OPTIONS, port=port), 1)
-        with pytest.raises(UserError, match="is in use"):
-            check_can_start(replace(OPTIONS, port=port - 1), 2)
-    check_can_start(replace(OPTIONS, port=port), 1)
-
-
-def test_without_a_port_there_is_nothing_to_be_in_use() -> None:
-    check_can_start(OPTIONS, 8)
-
-
-def test_a_missing_sglang_is_said_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        UserError, match=r"sglang is not installed; run `make sglang-cpu`, or on GPUs `pip install sglang==0"
-    ):
-        check_can_start(OPTIONS, 1)
-
-
-def test_another_release_of_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "VERSION", "0.4.9")
-    with pytest.raises(UserError, match=rf"sglang {VERSION} is installed, this engine works with 0\.4\.9; install"):
-        check_can_start(OPTIONS, 1)
-
-
-@pytest.mark.parametrize(
-    ("status", "body", "sentence"),
-    [
-        (
-            401,
-            {"error": "Unauthorized"},
-            "wants another API key; set the variable named by rollout.sglang.key_variable",
-        ),
-        (403, "", "wants another API key"),
-        (404, {"detail": "Not Found"}, "does not answer like an SGLang server: /get_server_info was refused"),
-        (200, {"version": "0.4.9", "dtype": "float32"}, rf"is sglang 0\.4\.9, wanted {VERSION}; restart it with that"),
-        (200, {}, "is sglang of an unknown version"),
-        (200, ["pong"], "is sglang of an unknown version"),
-        (200, "pong", "is sglang of an unknown version"),
-        (
-            200,
-            {"version": VERSION, "dtype": "bfloat16"},
-            "computes in bfloat16, the policy in float32; restart it with --dtype float32",
-        ),
-    ],
-)
-def test_a_server_that_cannot_be_worked_with_is_refused(
-    serving: Serving, status: int, body: Any, sentence: str
-) -> None:
-    async def handle(request: web.Request) -> web.Response:
-        return web.json_response(body, status=status)
-
-    async def main() -> None:
-        async with serving(handle) as client:
-            with pytest.raises(UserError, match=f"{client.url} {sentence}"):
-                await check_answers(client, dtype="float32")
-
-    asyncio.run(main())
-
-
-def test_a_server_that_is_not_there_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        client = Client(f"http://{LOOPBACK}:{free_port()}", "")
-        with pytest.raises(UserError, match=f"no server answers at {client.url}: start it, or correct"):
-            await check_answers(client, dtype="float32")
-        await client.close()
-
-    asyncio.run(main())
-
-
-@pytest.mark.parametrize("dtype", ["float32", "auto"])
-def test_a_server_that_fits_says_what_it_is(serving: Serving, dtype: str) -> None:
-    info = {"version": VERSION, "dtype": dtype, "tp_size": 2}
-
-    async def handle(request: web.Request) -> web.Response:
-        return web.json_response(info)
-
-    async def main() -> dict[str, Any]:
-        async with serving(handle) as client:
-            return await check_answers(client, dtype="float32")
-
-    assert asyncio.run(main()) == info
 
 
 # --- What a server is started with -------------------------------------------------------------------------------------------
