@@ -141,8 +141,8 @@ class WeightSync:
         self, fleet: Fleet, policy: Policy, folder: Path | None, buckets: Iterator[Bucket], probe: Probe | None
     ) -> str:
         """Everything to all live servers; what is wrong afterwards, or nothing."""
-        servers = fleet.run(fleet.begin_update(waits=not self.interrupts))
         version = policy.version
+        servers = fleet.run(fleet.begin_update(version, waits=not self.interrupts))
         try:
             if self.interrupts:
                 self._all(servers, "/pause_generation", {"mode": "retract"})

@@ -199,7 +199,7 @@ class SGLangRecipe(Strict):
     data_parallel: Positive = Field(default=1, description="copies inside a server (SGLang's dp-size)")
     sync: Literal["auto", "disk", "distributed", "tensor"] = Field(
         default="auto",
-        description="how weights get there; auto: tensor to our colocated servers, distributed to others, disk with rollout.ahead",
+        description="how weights get there; auto: on GPUs tensor to our colocated servers, distributed to others; else disk",
     )
     sync_folder: Path | None = Field(default=None, description="for sync disk; default: in the run folder")
     receipt: Literal["checksum", "probe", "off"] = Field(

@@ -96,7 +96,11 @@ def _sync(recipe: Recipe) -> SyncPath:
         return how.sync
     if recipe.rollout.ahead or how.data_parallel > 1:
         return "disk"
-    return "tensor" if how.servers == "auto" and how.placement == "colocated" else "distributed"
+    if how.servers != "auto":
+        return "distributed"
+    if not torch.cuda.is_available():  # the fastest for large models, and at hand when a server is to be replaced
+        return "disk"
+    return "tensor" if how.placement == "colocated" else "distributed"
 
 
 def check_servers(options: SGLangOptions, allowed_hosts: Sequence[str]) -> None:

@@ -52,7 +52,7 @@ def test_the_defaults_are_one_server_of_ours_on_this_cpu(policy: Policy, gpus: C
     assert sglang_options(recipe_with(), policy) == SGLangOptions(
         server=ServerOptions(dtype="float32", max_running=128, context_length=8 + 8, deterministic=True),
         patience=Patience(start=600, health=60, generation=7200, update=600, restarts=3),
-        sync="tensor",
+        sync="disk",
         verify="checksum",
     )
 
@@ -99,22 +99,24 @@ def test_every_setting_arrives(policy: Policy, gpus: Callable[[int], None]) -> N
 
 
 @pytest.mark.parametrize(
-    ("settings", "path"),
+    ("visible", "settings", "path"),
     [
-        ((), "tensor"),
-        (("rollout.sglang.placement=disaggregated",), "distributed"),
-        ((f"rollout.sglang.servers=[{URL}]",), "distributed"),
-        (AHEAD, "disk"),
-        (("rollout.sglang.data_parallel=2",), "disk"),
-        ((f"rollout.sglang.servers=[{URL}]", "rollout.sglang.data_parallel=2"), "disk"),
-        (("rollout.sglang.sync=disk",), "disk"),
-        (("rollout.sglang.sync=distributed",), "distributed"),
+        (0, (), "disk"),
+        (1, (), "tensor"),
+        (1, ("rollout.sglang.placement=disaggregated",), "distributed"),
+        (0, (f"rollout.sglang.servers=[{URL}]",), "distributed"),
+        (1, (f"rollout.sglang.servers=[{URL}]",), "distributed"),
+        (0, AHEAD, "disk"),
+        (2, ("rollout.sglang.data_parallel=2",), "disk"),
+        (0, (f"rollout.sglang.servers=[{URL}]", "rollout.sglang.data_parallel=2"), "disk"),
+        (0, ("rollout.sglang.sync=tensor",), "tensor"),
+        (0, ("rollout.sglang.sync=distributed",), "distributed"),
     ],
 )
 def test_weights_take_the_path_that_fits(
-    policy: Policy, gpus: Callable[[int], None], settings: tuple[str, ...], path: str
+    policy: Policy, gpus: Callable[[int], None], visible: int, settings: tuple[str, ...], path: str
 ) -> None:
-    gpus(0)
+    gpus(visible)
     assert sglang_options(recipe_with(*settings), policy).sync == path
 
 

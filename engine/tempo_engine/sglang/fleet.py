@@ -74,6 +74,7 @@ class Fleet:
         self._num_generating = 0
         self._updating = False
         self._num_updates = 0
+        self._known: set[str] = set()  # versions that there were
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, name="sglang", daemon=True)
         self._changed = asyncio.Condition()
@@ -164,7 +165,7 @@ class Fleet:
             server.in_flight -= len(owed)
             for error in ends:
                 if isinstance(error, Unreachable | asyncio.CancelledError):
-                    server.is_live = False
+                    server.is_live, server.complaint = False, str(error)
                     server.suspect.set()
                 elif error is not None:
                     raise error
@@ -200,8 +201,12 @@ class Fleet:
                 if begins is not None:
                     begins.set()
                 reason = output["meta_info"]["finish_reason"]
-                if reason is not None and reason["type"] != "abort":
-                    group.outputs[samples[index]] = output
+                if reason is None or reason["type"] == "abort":
+                    continue
+                if not self._known.issuperset(span["version"] for span in output["meta_info"]["weight_versions"]):
+                    server.version = None
+                    raise Unreachable(f"{server.name} has weights that nobody gave it: it was started again")
+                group.outputs[samples[index]] = output
         finally:
             if begins is not None:
                 begins.set()
@@ -235,8 +240,11 @@ class Fleet:
 
     # --- Weights ---
 
-    async def begin_update(self, *, waits: bool) -> list[Server]:
-        """The live servers, of whose health nobody asks until `end_update`. `waits`: until nothing is being generated."""
+    async def begin_update(self, version: int, *, waits: bool) -> list[Server]:
+        """The live servers, to be given this version; nobody asks for their health until `end_update`.
+
+        `waits`: until nothing is being generated.
+        """
         async with self._changed:
             if waits:
                 await self._changed.wait_for(lambda: not self._num_generating)
@@ -244,6 +252,7 @@ class Fleet:
                 raise self._failure
             self._updating = True
             self._num_updates += 1
+            self._known.add(str(version))
             return [server for server in self.servers if server.is_live]
 
     async def end_update(self, version: int, folder: Path | None) -> None:
@@ -308,7 +317,8 @@ class Fleet:
         if self._deaths > self.patience.restarts:
             before = self._deaths - 1
             raise Unreachable(
-                f"{server.name} died, and servers {before} times before it since a batch was finished; see {server.log}"
+                f"{server.name} died ({server.complaint}), and servers {before} times before it since a batch was finished; "
+                f"see {server.log}"
             )
         self.num_restarts += 1
         weights, version = await self._weights_on_disk()
@@ -348,8 +358,8 @@ async def on_all(servers: Sequence[Server], call: Callable[[Server], Awaitable[A
     async def one(server: Server) -> Any:
         try:
             return await call(server)
-        except Unreachable:
-            server.is_live = False
+        except Unreachable as error:
+            server.is_live, server.complaint = False, str(error)
             server.suspect.set()
             return None
         except Refused as error:

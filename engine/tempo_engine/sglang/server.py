@@ -28,6 +28,8 @@ NOT_INHERITED = (
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE",
     "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
+# SGLang keeps a few positions of a context for itself.
+MARGIN = 8
 # Between looks at a server that is starting.
 POLL_SECONDS = 0.25
 
@@ -72,6 +74,7 @@ class Server:
         self.process: subprocess.Popen[bytes] | None = None
         self.is_live = False
         self.version: int | None = None
+        self.complaint = "its process ended"  # why it was last suspected
         self.in_flight = 0
         self.asked: set[asyncio.Task[None]] = set()
         self.suspect = asyncio.Event()
@@ -151,7 +154,7 @@ def _settings(options: ServerOptions, model: Path, port: int, *, is_blank: bool,
     settings: dict[str, Any] = {
         "model-path": str(model.resolve()), "host": LOOPBACK, "port": port, "dtype": options.dtype,
         "tp-size": options.tensor_parallel, "dp-size": options.data_parallel,
-        "max-running-requests": options.max_running, "context-length": options.context_length,
+        "max-running-requests": options.max_running, "context-length": options.context_length + MARGIN,
         "weight-version": str(version), "skip-tokenizer-init": True, "sleep-on-idle": True,
     }  # fmt: skip
     if is_blank:
@@ -164,17 +167,19 @@ def _settings(options: ServerOptions, model: Path, port: int, *, is_blank: bool,
         if options.memory_fraction is not None:
             settings["mem-fraction-static"] = options.memory_fraction
         if options.saves_memory:
-            settings["enable-memory-saver"] = True
+            # What a nap takes from the weights comes back from host memory.
+            settings |= {"enable-memory-saver": True, "enable-weights-cpu-backup": True}
     else:
         # Without a bound the KV cache takes most of a machine's memory, whatever the model.
-        settings.setdefault("max-total-tokens", options.max_running * options.context_length)
+        settings.setdefault("max-total-tokens", options.max_running * (options.context_length + MARGIN))
         settings |= {"device": "cpu", "attention-backend": "torch_native", "sampling-backend": "pytorch"}
     return settings | {name.replace("_", "-"): value for name, value in options.arguments.items()}
 
 
 def _environment(options: ServerOptions, number: int) -> dict[str, str]:
     environment = {k: v for k, v in os.environ.items() if k not in NOT_INHERITED and not k.startswith("TORCHELASTIC")}
-    environment |= {"HF_HUB_OFFLINE": "1"}
+    # Of a context as long as the model's positions, the margin is the excess.
+    environment |= {"HF_HUB_OFFLINE": "1", "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
     if not torch.accelerator.is_available():
         # Threads that wait in turns for the trainer's are many times slower than one; and tracing takes longer than it saves.
         environment |= {"OMP_NUM_THREADS": str(options.threads), "TORCHDYNAMO_DISABLE": "1"}

@@ -132,7 +132,7 @@ def test_settings_say_what_the_options_say(
     settings = start(tensor_parallel=2, data_parallel=3, max_total_tokens=500)[1].settings
     wanted = {
         "model-path": str(tmp_path / "model"), "dtype": "float32", "tp-size": 2, "dp-size": 3, "max-running-requests": 16,
-        "context-length": 100, "weight-version": "7", "skip-tokenizer-init": True, "load-format": "dummy",
+        "context-length": 108, "weight-version": "7", "skip-tokenizer-init": True, "load-format": "dummy",
         "max-total-tokens": 500, "device": "cpu", "attention-backend": "torch_native",
     }  # fmt: skip
     assert settings | wanted == settings
@@ -151,7 +151,7 @@ def test_on_a_cpu_the_cache_holds_what_can_run_and_no_more(
     start: Callable[..., tuple[Server, Start]], on_a_cpu: None
 ) -> None:
     settings = start(memory_fraction=0.5, saves_memory=True)[1].settings
-    assert settings["max-total-tokens"] == 16 * 100
+    assert settings["max-total-tokens"] == 16 * 108
     assert not {"mem-fraction-static", "enable-memory-saver"} & settings.keys()
 
 

@@ -1,4 +1,4 @@
-"""benchmarks/sglang.py: that unequal work would be noticed. What it measures needs a server and minutes, so it is not run here."""
+"""benchmarks/rollouts.py: that unequal work would be noticed. What it measures needs a server and minutes: not here."""
 
 import importlib.util
 import math
@@ -16,9 +16,8 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Under another name than the package's."""
     monkeypatch.setattr(sys, "path", [*sys.path, str(BENCHMARKS)])
-    spec = importlib.util.spec_from_file_location("sglang_benchmark", BENCHMARKS / "sglang.py")
+    spec = importlib.util.spec_from_file_location("rollouts_benchmark", BENCHMARKS / "rollouts.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

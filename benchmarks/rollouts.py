@@ -1,6 +1,6 @@
 """Rollouts by SGLang servers: what the engine adds to a server's own time, sampling ahead, syncing weights, a real small model.
 
-    python benchmarks/sglang.py [--case overhead|ahead|sync|smollm2] [--quick] [--json FILE]
+    python benchmarks/rollouts.py [--case overhead|ahead|sync|smollm2] [--quick] [--json FILE]
 
     overhead   SGLangSampler.sample against one bare /generate of the same 32 requests, its answer parsed and dropped
     ahead      seconds of an EM iteration with rollout.ahead 1 against 0, trainer and server on one thread each
@@ -379,9 +379,6 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="whether the script works: figures mean nothing")
     parser.add_argument("--json", type=Path, help="write the rows into this file")
     args = parser.parse_args()
-    # This file has the package's name: neither this process nor a server may find it instead.
-    sys.path[:] = [path for path in sys.path if Path(path).resolve() != Path(__file__).resolve().parent]
-    os.environ["PYTHONSAFEPATH"] = "1"
     torch.set_num_threads(1)
     rows: list[Row] = []
     try:
@@ -391,7 +388,7 @@ def main() -> int:
             print(table(found), end="\n\n", flush=True)
             rows += found
     except (UserError, Halted) as error:
-        print(f"benchmarks/sglang.py: {error}", file=sys.stderr)
+        print(f"benchmarks/rollouts.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else error.code
     if args.json:
         args.json.write_text(json.dumps({"device": device_name(), "commit": commit(), "rows": rows}, indent=1) + "\n")
