@@ -91,8 +91,8 @@ def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Pat
             parts.loop.sampler.open(Path(folder) / "sampler", parts.loop.policy)
             verdict = examine(parts, iterations, Path(folder), print)
         finally:
-            parts.loop.ahead.close()
             parts.loop.sampler.close()
+            parts.loop.ahead.close()
     if json_file is not None:
         json_file.write_text(json.dumps({"recipe": resolved.name} | verdict.to_json(), indent=1), encoding="utf-8")
     return not verdict.drift

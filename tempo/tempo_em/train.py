@@ -106,8 +106,8 @@ class Training:
             stop.add_note(f"go on with --resume {self.run_dir}")
             raise
         finally:
+            self.loop.sampler.close()  # ends what is being sampled ahead
             self.loop.ahead.close()
-            self.loop.sampler.close()
             self.lock.release()
             self.display.close()
             for number, handler in handlers.items():

@@ -115,9 +115,15 @@ class Fleet:
             raise UserError(str(error)) from error
 
     def close(self) -> None:
-        """Servers of ours end, connections close."""
+        """Servers of ours end, connections close. What is still being generated ends with Halted."""
 
         async def end() -> None:
+            self._failure = self._failure or Halted("the servers were closed")
+            for task in [task for server in self.servers for task in server.asked]:
+                task.cancel()
+            async with self._changed:
+                self._changed.notify_all()
+                await self._changed.wait_for(lambda: not self._num_generating)
             for watcher in self._watchers:
                 watcher.cancel()
             await asyncio.gather(*self._watchers, return_exceptions=True)
