@@ -283,17 +283,12 @@ def _process_group(backend: str, host: str, port: int, size: int, name: str, sec
     from torch.distributed import distributed_c10d as c10d
 
     timeout = timedelta(seconds=seconds)
-    members = c10d.rendezvous(f"tcp://{host}:{port}", 0, size, timeout=timeout)  # pyright: ignore[reportPrivateImportUsage]
-    store, rank, size = next(iter(members))
-    store.set_timeout(timeout)
+    # Not by a tcp:// address: under torchrun that would look for the launcher's store.
+    stores: Any = dist
+    store = stores.TCPStore(host, port, size, is_master=True, timeout=timeout, wait_for_workers=False)
+    store = stores.PrefixStore(name, store)
     group, _ = c10d._new_process_group_helper(
-        size,
-        rank,
-        [],
-        c10d.Backend(backend),
-        c10d.PrefixStore(name, store),
-        group_name=cast(Any, name),
-        timeout=timeout,
+        size, 0, [], c10d.Backend(backend), store, group_name=cast(Any, name), timeout=timeout
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group

@@ -26,7 +26,11 @@ def start(run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
 
 
 def finish(run: subprocess.Popen[str]) -> str:
-    output, _ = run.communicate(timeout=600)
+    try:
+        output, _ = run.communicate(timeout=400)
+    except subprocess.TimeoutExpired:
+        run.kill()
+        raise
     assert run.returncode == 0, output
     return output
 
@@ -112,7 +116,13 @@ def test_no_server_outlives_a_killed_run_which_then_goes_on(tmp_path: Path) -> N
 
 def test_a_run_samples_ahead_within_its_bound_and_corrects_for_it(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    settings = ["em.iterations=5", "rollout.ahead=1", "rollout.partial=true", "mstep.importance=token"]
+    settings = [
+        "em.iterations=5",
+        "rollout.ahead=1",
+        "rollout.partial=true",
+        "mstep.importance=token",
+        "rollout.sglang.replicas=2",
+    ]
     finish(start(run_dir, *(f"--set={setting}" for setting in settings)))
     found = rows(run_dir)
     assert [row["rollout/responses"] for row in found] == [64] * 5
