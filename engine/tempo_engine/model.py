@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from tempo_kernels import TokenStats, linear_logprob, value_head
+from tempo_kernels import TokenStats, linear_logprob, split_values, value_head
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tempo_engine.parallel import Sharding
 from tempo_engine.weights import blank_like, copy_weights, fill_from, is_blank, is_tied, make_room
 
 R = TypeVar("R")
+Terminal = Literal["after_last_token", "last_prefix"]
 
 PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -226,11 +227,22 @@ class Critic:
 
     `separate`: a trunk of its own, a copy of the policy's. `shared`: a value head on the policy's trunk, which the critic then
     never trains: an E-step must not move the policy.
+
+    `terminal`: where a whole response's value is read. With last_prefix the critic never sees the last token: neither there nor
+    when it is fitted.
     """
 
-    def __init__(self, policy: Policy, *, backbone: Literal["separate", "shared"], kind: HeadKind) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        backbone: Literal["separate", "shared"],
+        kind: HeadKind,
+        terminal: Terminal = "after_last_token",
+    ) -> None:
         self.policy = policy
-        self.backbone = backbone
+        self.backbone: Literal["separate", "shared"] = backbone
+        self.terminal: Terminal = terminal
         self.kind: HeadKind = kind
         self.device = policy.device
         # The head is at least float32 whatever the trunk is: a difference of two values near 1 would drown in bf16 spacing.
@@ -252,6 +264,22 @@ class Critic:
         """Take over the policy's trunk as it is now: a critic begins with what the policy has learned."""
         if self.backbone == "separate":
             copy_weights(self.trunk, self.policy.trunk)
+
+    def frozen_copy(self) -> "Critic":
+        """A critic with a trunk of its own and the same weights, that nobody trains."""
+        copied = Critic(self.policy, backbone="separate", kind=self.kind, terminal=self.terminal)
+        copied.copy_from(self)
+        return copied
+
+    def copy_from(self, other: "Critic") -> None:
+        """The other's trunk and head."""
+        copy_weights(self.trunk, other.trunk)
+        copy_weights(self.head, other.head)
+
+    def terminal_values(self, value_TS: Tensor, batch: PackedBatch) -> Tensor:
+        """The value of each whole response, [S], among the T + 1 of each."""
+        baseline_T, terminal_S = split_values(value_TS, batch.cu_responses_S1)
+        return terminal_S if self.terminal == "after_last_token" else baseline_T[batch.cu_responses_S1[1:] - 1]
 
     def read(self, batch: PackedBatch, function: Callable[[Tensor, Tensor, Tensor], R]) -> R:
         """`function(hidden [TS, D], head weight [D], bias [])`: a value, or a loss. No gradient reaches the policy's trunk."""

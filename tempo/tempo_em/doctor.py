@@ -168,7 +168,7 @@ def _update(loop: EMLoop, stage: Stage, sampled: Sampled, scored: Scored, iterat
     """Both steps, as in an iteration of a run; the next one begins with a sync of the weights."""
     key, reward_S = f"{stage.name}/{iteration}", torch.tensor(sampled.rewards)
     loop.e_step(sampled.labelled, reward_S, key)
-    loop.m_step(stage, scored, sampled.labelled, reward_S, sampled.unlabelled, key)
+    loop.m_step(stage, scored, sampled, key)
 
 
 # --- Where ---------------------------------------------------------------------------------------------------------------------

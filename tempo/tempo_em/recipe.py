@@ -13,6 +13,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Posterior = Literal["label", "critic", "frozen_critic", "majority_vote", "cluster_frequency", "oracle", "random"]
 
 
 class Strict(BaseModel):
@@ -299,16 +300,31 @@ class EMRecipe(Strict):
         default=False,
         description="unlabelled groups whose responses all give the same answer are replaced, up to 10 times",
     )
-    posterior: Literal["label", "critic", "majority_vote", "cluster_frequency", "random"] = Field(
-        default="critic", description="who says how good an unlabelled response is"
+    votes: Positive | None = Field(
+        default=None,
+        description="responses to an unlabelled prompt that vote, of which the first group_size train; none: those",
     )
+    entropy_band: tuple[Probability, Probability] | None = Field(
+        default=None,
+        description="unlabelled groups train only when the entropy of their answers, as a share of log(responses), is in between",
+    )
+    posterior: Posterior = Field(default="critic", description="who says how good an unlabelled response is")
+    clamp: bool = Field(default=True, description="the critic's outcomes are held within the range of its targets")
     train_policy_on_labelled: bool = Field(
         default=True, description="labelled rows join the M-step with the label as outcome"
     )
     order: Literal["e_then_m", "lagged"] = Field(
         default="e_then_m", description="recalibrate before or after values are read"
     )
-    terminal: Literal["after_last_token", "last_prefix"] = "after_last_token"
+    terminal: Literal["after_last_token", "last_prefix"] = Field(
+        default="after_last_token",
+        description="where the critic is read as outcome; last_prefix: before the last token",
+    )
+
+    @property
+    def samples(self) -> int:
+        """Responses to each unlabelled prompt."""
+        return self.votes or self.group_size
 
 
 class EStepRecipe(Strict):
@@ -332,11 +348,17 @@ class MStepRecipe(Strict):
     clip_low: float = Field(default=3e-4, ge=0, lt=1)
     clip_high: float = Field(default=5e-4, ge=0)
     dual_clip: float | None = Field(default=None, gt=1)
-    aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    aggregate: Literal["token_mean", "sequence_mean", "fixed_denominator"] = Field(
+        default="sequence_mean",
+        description="of tokens, of sequences' means, or sums over rollout.max_new_tokens, whatever their lengths",
+    )
     entropy_coef: float = 0.0
     baseline: Literal["critic_prefix", "group_mean", "none"] = "critic_prefix"
-    normalise: Literal["whiten", "whiten_per_population", "scale_per_population", "group_std", "none"] = (
-        "whiten_per_population"
+    normalise: Literal[
+        "whiten", "whiten_per_population", "scale_per_population", "group_std", "self_normalise", "none"
+    ] = Field(
+        default="whiten_per_population",
+        description="self_normalise: outcomes become shares of their group's total, as in an exact E-step",
     )
     kl_coef: float = Field(default=0.0, ge=0, description="weight of KL(policy || reference); 0: no reference model")
     kl: Literal["k1", "k3"] = "k3"
@@ -390,7 +412,12 @@ class Recipe(Strict):
 
     @property
     def em_uses_critic(self) -> bool:
-        return self.em.posterior == "critic" or self.mstep.baseline == "critic_prefix"
+        return self.em.posterior in ("critic", "frozen_critic") or self.mstep.baseline == "critic_prefix"
+
+    @property
+    def keeps_frozen_critic(self) -> bool:
+        """Whether the critic that the EM loop begins with is kept beside the one that is recalibrated."""
+        return self.em.posterior == "frozen_critic" and self.estep.every > 0
 
     @property
     def uses_critic(self) -> bool:
@@ -405,4 +432,4 @@ class Recipe(Strict):
     def groups(self, labelled_share: float) -> tuple[int, int]:
         """Labelled and unlabelled prompts of one iteration."""
         labelled = round(self.em.rollouts * labelled_share)
-        return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.group_size
+        return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.samples

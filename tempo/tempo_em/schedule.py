@@ -22,13 +22,14 @@ from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
-from tempo_kernels import advantage, group_advantage, split_values, whiten
+from tempo_kernels import advantage, group_advantage, moments, whiten
 from tempo_kernels.segments import segment_ids
 from torch import Tensor
 
 from tempo_em import posteriors
 from tempo_em.ahead import Ahead
 from tempo_em.asking import Asking, without_stale_groups
+from tempo_em.posteriors import Oracle
 from tempo_em.recipe import Recipe
 from tempo_em.waiting import Sampled, Waiting
 
@@ -50,7 +51,7 @@ class Stage:
     @property
     def reads_critic(self) -> bool:
         """Whether the M-step needs values: as outcome, or as baseline."""
-        return self.posterior == "critic" or self.baseline == "critic_prefix"
+        return self.posterior in ("critic", "frozen_critic") or self.baseline == "critic_prefix"
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,11 @@ class Scored:
 
 @dataclass
 class EMLoop:
-    """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak."""
+    """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak, except
+    under posterior oracle, for which alone there is an `oracle`.
+
+    `frozen_critic`: the one that the EM loop began with, where it says the outcomes while `critic` is recalibrated.
+    """
 
     recipe: Recipe
     policy: Policy
@@ -81,6 +86,8 @@ class EMLoop:
     policy_update: PolicyUpdate
     critic_update: CriticUpdate
     clock: Clock
+    frozen_critic: Critic | None = None
+    oracle: Oracle | None = None
     waiting: Waiting | None = None
     note: Callable[[str], None] = lambda text: None
 
@@ -102,7 +109,7 @@ class EMLoop:
         if recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
         if stage.improves_policy:
-            metrics |= self.m_step(stage, scored, labelled, reward_S, unlabelled, key)
+            metrics |= self.m_step(stage, scored, sampled, key)
         if recalibrates and self.recipe.em.order == "lagged":
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
@@ -137,7 +144,8 @@ class EMLoop:
         labelled, rewards, accuracy = asking.labelled()
         unlabelled = asking.unlabelled()
         positions = {name: cursor.position for name, cursor in cursors.items()}
-        return Sampled(labelled, rewards, accuracy, unlabelled, asking.num_responses, asking.num_tokens, positions)
+        count = asking.num_responses, asking.num_tokens
+        return Sampled(labelled, rewards, accuracy, unlabelled, *count, positions, asking.beliefs)
 
     def ahead_of(self, stage: Stage, iteration: int) -> Sampled:
         """Sampled while earlier iterations trained. Groups older than the bound are left out: a server may have missed a sync."""
@@ -207,7 +215,7 @@ class EMLoop:
         with self.clock.time("e_step"):
             batch = pack(labelled, self.policy.device)
             # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
-            _, terminal_S = split_values(self.values(batch), batch.cu_responses_S1)
+            terminal_S = self.critic.terminal_values(self.values(batch), batch)
             return_S, seed = self.to_target(reward_S).to(self.policy.device), self.seed(key, "critic")
             metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
         return metrics | {
@@ -216,25 +224,17 @@ class EMLoop:
             "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
-    def m_step(
-        self,
-        stage: Stage,
-        scored: "Scored",
-        labelled: list[Rollout],
-        reward_S: Tensor,
-        unlabelled: list[Rollout],
-        key: str,
-    ) -> dict[str, float]:
+    def m_step(self, stage: Stage, scored: "Scored", sampled: Sampled, key: str) -> dict[str, float]:
         """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome, and on labelled rows the label."""
-        labelled = labelled if stage.trains_on_labelled else []
+        unlabelled, labelled = sampled.unlabelled, sampled.labelled if stage.trains_on_labelled else []
         batch, old_logprob_T = scored.batch, scored.old_logprob_T
         if batch is None or old_logprob_T is None:
             return {}
         with self.clock.time("values"):
             value_TS = self.values(batch) if stage.reads_critic else None
         outcome_S = torch.cat([
-            self.posterior(stage, unlabelled, value_TS, batch, key),
-            self.to_target(reward_S) if labelled else torch.empty(0),
+            self.posterior(stage, sampled, value_TS, batch),
+            self.to_target(torch.tensor(sampled.rewards)) if labelled else torch.empty(0),
         ]).to(self.policy.device)  # fmt: skip
         num_groups = len(unlabelled) // self.recipe.em.group_size
         group_S = torch.cat([
@@ -260,25 +260,24 @@ class EMLoop:
             "tokens/trained_policy": self.policy_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
-    def posterior(
-        self, stage: Stage, unlabelled: list[Rollout], value_TS: Tensor | None, batch: PackedBatch, key: str
-    ) -> Tensor:
+    def posterior(self, stage: Stage, sampled: Sampled, value_TS: Tensor | None, batch: PackedBatch) -> Tensor:
         """Outcome of each unlabelled response, [S]; these are the first rows of `batch`."""
-        if not unlabelled:
-            return torch.empty(0)
-        if stage.posterior == "critic":
-            assert value_TS is not None, "posterior critic without a critic"
-            baseline_T, terminal_S = split_values(value_TS, batch.cu_responses_S1)
-            if self.recipe.em.terminal == "last_prefix":
-                terminal_S = baseline_T[batch.cu_responses_S1[1:] - 1]
-            return posteriors.critic(terminal_S[: len(unlabelled)], self.recipe.critic.target_range).cpu()
-        if stage.posterior == "random":
-            return self.to_target(posteriors.coin_flip(len(unlabelled), f"{self.recipe.seed}/{key}"))
-        size = self.recipe.em.group_size
-        texts = [self.extract_unlabelled(r.text) for r in unlabelled]
-        answers = [texts[i : i + size] for i in range(0, len(texts), size)]
-        belief = posteriors.majority_vote if stage.posterior == "majority_vote" else posteriors.cluster_frequency
-        return self.to_target(belief(answers))
+        count = len(sampled.unlabelled)
+        if stage.posterior not in ("critic", "frozen_critic") or not count:
+            return self.to_target(torch.tensor(sampled.beliefs))
+        assert self.critic is not None
+        assert value_TS is not None, f"posterior {stage.posterior} without a critic"
+        if stage.posterior == "frozen_critic" and self.frozen_critic is not None:
+            value_TS = self.frozen_critic.values(batch, self.recipe.micro_batch_tokens)
+        terminal_S = self.critic.terminal_values(value_TS, batch)[:count]
+        return (
+            posteriors.critic(terminal_S, self.recipe.critic.target_range) if self.recipe.em.clamp else terminal_S
+        ).cpu()
+
+    def freeze_critic(self) -> None:
+        """The EM loop begins: this is the critic that posterior frozen_critic keeps."""
+        if self.frozen_critic is not None and self.critic is not None:
+            self.frozen_critic.copy_from(self.critic)
 
     def values(self, batch: PackedBatch) -> Tensor:
         assert self.critic is not None
@@ -308,6 +307,9 @@ def advantages(
     if stage.baseline == "critic_prefix":
         assert value_TS is not None, "baseline critic_prefix without a critic"
         advantage_T = advantage(outcome_S, value_TS, batch.cu_responses_S1)
+    elif stage.normalise == "self_normalise":
+        weight_S = posterior_weights(outcome_S, group_S) - float(stage.baseline == "group_mean")
+        advantage_T = weight_S.nan_to_num(0.0).float()[sequence_T]
     elif stage.baseline == "group_mean":
         advantage_T = group_advantage(outcome_S, group_S, divide_by_std=stage.normalise == "group_std")[sequence_T]
     else:
@@ -321,6 +323,17 @@ def advantages(
         population_T = is_labelled_S[sequence_T].long() * (stage.normalise != "whiten")
         advantage_T = whiten(advantage_T, population_T, center=stage.normalise != "scale_per_population")
     return advantage_T, metrics
+
+
+def posterior_weights(outcome_S: Tensor, group_S: Tensor) -> Tensor:
+    """G w_i, the weights w_i = R_i / sum_j R_j of an exact E-step over the G responses of each group, [S] float64; NaN in groups
+    without any outcome.
+
+    They restore the factor 1 / P(correct | x) of the posterior q(y | x) = pi(y | x) R / P(correct | x) (arXiv 2604.19295, eq. 5).
+    """
+    num_groups = int(group_S.max()) + 1 if len(group_S) else 0
+    mean_G = moments(outcome_S.double(), group_S, num_groups).mean_P
+    return outcome_S.double() / mean_G.masked_fill(mean_G <= 0, torch.nan)[group_S]
 
 
 def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout], version: int) -> dict[str, float]:

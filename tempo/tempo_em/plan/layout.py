@@ -173,8 +173,13 @@ class Layout:
         return self.recipe.groups(self.recipe.em.labelled_share)[1] * self.recipe.em.group_size
 
     @property
+    def voting_rows(self) -> int:
+        """Unlabelled responses that are sampled: those that are trained on, and those that only vote."""
+        return self.unlabelled_rows // self.recipe.em.group_size * self.recipe.em.samples
+
+    @property
     def sampled_rows(self) -> int:
-        return self.labelled_rows + self.unlabelled_rows
+        return self.labelled_rows + self.voting_rows
 
     @property
     def policy_rows(self) -> int:
