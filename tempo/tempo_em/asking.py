@@ -44,7 +44,7 @@ class Asking:
             items = self.cursors["labelled"].next(self.num_labelled)
             fresh = self._ask([item.prompt for item in items], size, f"labelled/{refill}")
             answers = [item.answers for item in items for _ in range(size)]
-            fresh_rewards = self._verify(fresh, answers, self.loop.extract_labelled)
+            fresh_rewards = self._with_noise(fresh, self._verify(fresh, answers, self.loop.extract_labelled))
             all_rewards += fresh_rewards
             for start in range(0, len(fresh), size):
                 group = slice(start, start + size)
@@ -55,6 +55,13 @@ class Asking:
                 break
         accuracy = sum(all_rewards) / len(all_rewards) if all_rewards else None
         return rollouts[:wanted], rewards[:wanted], accuracy
+
+    def _with_noise(self, rollouts: list[Rollout], rewards: list[float]) -> list[float]:
+        noise, seed = self.loop.recipe.data.label_noise, self.loop.recipe.seed
+        if not noise:
+            return rewards
+        pairs = zip(rollouts, rewards, strict=True)
+        return [1.0 - r if posteriors.is_mislabelled(rollout.prompt.id, noise, seed) else r for rollout, r in pairs]
 
     def unlabelled(self) -> list[Rollout]:
         """Fresh responses to unlabelled prompts, without those that only voted. Groups outside the entropy band are left out; with

@@ -143,6 +143,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
             recalibrates_every=recipe.estep.every,
             baseline=recipe.mstep.baseline,
             normalise=recipe.mstep.normalise,
+            is_watched=recipe.estep.adaptive.is_on or recipe.mstep.gate.is_on,
         ),
     ]
 
@@ -318,7 +319,8 @@ def _policy_steps(recipe: Recipe) -> int:
 
 
 def _critic_steps(recipe: Recipe) -> int:
-    em = -(-recipe.em.iterations // recipe.estep.every) if recipe.estep.every else 0
+    longest = 1 if recipe.estep.adaptive.is_on or recipe.mstep.gate.is_on else recipe.estep.every
+    em = -(-recipe.em.iterations // longest) if recipe.estep.every else 0
     fits = recipe.initialisation.critic_warmup + recipe.initialisation.rlvr + em
     return fits * recipe.estep.epochs * recipe.estep.minibatches
 

@@ -8,6 +8,7 @@ from tempo_em.recipe import JsonlSource, Recipe
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for every contradiction in a recipe."""
     yield from _critic(recipe)
+    yield from _cadence(recipe)
     yield from _schedule(recipe)
     yield from _rollout(recipe)
     yield from _posterior(recipe)
@@ -67,8 +68,15 @@ def _advantage(recipe: Recipe) -> Iterator[str]:
         yield "a group mean of one response says nothing; raise em.labelled_group_size or choose another mstep.baseline"
     if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
         yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
+    if em.noise_rate and recipe.critic.loss == "bce":
+        yield "em.noise_rate corrects outcomes to values beyond [0, 1], where critic.loss bce has no minimum; use mse"
     if mstep.normalise != "self_normalise":
         return
+    if em.noise_rate and em.train_policy_on_labelled and em.labelled_share > 0:
+        yield (
+            "em.noise_rate corrects outcomes to values below 0, of which mstep.normalise self_normalise has no shares; set "
+            "em.train_policy_on_labelled to false"
+        )
     if mstep.baseline == "critic_prefix":
         yield "mstep.normalise self_normalise weighs whole responses within their group; use mstep.baseline group_mean or none"
     if recipe.critic.target != "zero_one" or not em.clamp:
@@ -98,6 +106,19 @@ def _critic(recipe: Recipe) -> Iterator[str]:
         yield "a critic on the policy's own trunk moves with the policy, so it cannot be frozen; use critic.backbone separate"
     if recipe.critic.path is not None and recipe.cold_start.steps > 0:
         yield "critic.path is the critic of a trained policy, but cold_start makes a new one; set cold_start.steps to 0"
+
+
+def _cadence(recipe: Recipe) -> Iterator[str]:
+    every, adaptive, gate = recipe.estep.every, recipe.estep.adaptive, recipe.mstep.gate
+    if adaptive.is_on and every < 2:
+        yield (
+            f"estep.adaptive recalibrates when the critic needs it, but estep.every is {every}; set it to the longest time between "
+            "two E-steps, 2 iterations or more"
+        )
+    if gate.is_on and recipe.em.posterior != "critic":
+        yield f"mstep.gate waits for a critic that is recalibrated, but the posterior is {recipe.em.posterior}"
+    if gate.is_on and every == 0:
+        yield "mstep.gate waits for a better critic, but estep.every is 0, so it never becomes one; set estep.every to 1 or more"
 
 
 def _schedule(recipe: Recipe) -> Iterator[str]:

@@ -56,6 +56,17 @@ def cluster_frequency(answers: Sequence[Sequence[str | None]]) -> Tensor:
     return torch.tensor(outcomes)
 
 
+def denoised(reward_S: Tensor, rate: float) -> Tensor:
+    """(I - rate) / (1 - 2 rate): when verdicts I in {0, 1} are turned round at this rate, its mean is that of the true ones, and a
+    regression on it has the same minimum (Natarajan et al. 2013, "Learning with noisy labels")."""
+    return (reward_S - rate) / (1 - 2 * rate) if rate else reward_S
+
+
+def is_mislabelled(prompt_id: str, rate: float, seed: int) -> bool:
+    """Whether a question is among those whose verdicts are turned round: the same ones throughout a run."""
+    return random.Random(f"{seed}/label_noise/{prompt_id}").random() < rate
+
+
 def answer_entropy(answers: Sequence[str | None]) -> float:
     """Entropy of a group's clusters of answers, -sum_c p(c) log p(c) with p(c) = |c| / G, as a share of log G: 0 when all answers
     agree, 1 when none do (arXiv 2504.05812, eq. 4).

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+NoiseRate = Annotated[float, Field(ge=0, lt=0.5)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
 Posterior = Literal["label", "critic", "frozen_critic", "majority_vote", "cluster_frequency", "oracle", "random"]
@@ -172,6 +173,9 @@ class DataRecipe(Strict):
     evaluation: dict[SetName, Source] = Field(
         default={}, description="further sets by name, for example labelled_heldout"
     )
+    label_noise: NoiseRate = Field(
+        default=0.0, description="an experiment: so many labelled questions have their training verdicts turned round"
+    )
 
     @model_validator(mode="after")
     def names(self) -> "DataRecipe":
@@ -313,6 +317,10 @@ class EMRecipe(Strict):
     train_policy_on_labelled: bool = Field(
         default=True, description="labelled rows join the M-step with the label as outcome"
     )
+    noise_rate: NoiseRate = Field(
+        default=0.0,
+        description="how often verdicts on labelled responses are believed wrong; outcomes are corrected for it",
+    )
     order: Literal["e_then_m", "lagged"] = Field(
         default="e_then_m", description="recalibrate before or after values are read"
     )
@@ -327,10 +335,29 @@ class EMRecipe(Strict):
         return self.votes or self.group_size
 
 
+class AdaptiveRecipe(Strict):
+    """Recalibrate before estep.every iterations are over: when the critic judges fresh labelled responses worse than it did at the
+    first look after its last E-step, or when the policy has moved too far since."""
+
+    auroc_band: float | None = Field(default=None, ge=0, lt=1, description="its AUROC has fallen by more than this")
+    brier_band: float | None = Field(
+        default=None, ge=0, lt=1, description="its Brier score has risen by more than this"
+    )
+    kl_budget: float | None = Field(
+        default=None, gt=0, description="nats a response, of the policy at the last E-step against the present one"
+    )
+    kl_responses: Positive = Field(default=32, description="on so many labelled responses of the last E-step")
+
+    @property
+    def is_on(self) -> bool:
+        return (self.auroc_band, self.brier_band, self.kl_budget) != (None, None, None)
+
+
 class EStepRecipe(Strict):
     """Critic recalibration."""
 
     every: Count = Field(default=1, description="recalibrate every so many iterations; 0: never")
+    adaptive: AdaptiveRecipe = AdaptiveRecipe()
     epochs: Positive = 4
     minibatches: Positive = 2
     filter: Literal["none", "zero_variance"] = Field(
@@ -339,6 +366,17 @@ class EStepRecipe(Strict):
     clip: Literal["none", "token", "sequence_mean"] = "none"
     clip_range: float = Field(default=0.1, gt=0)
     optim: OptimRecipe = OptimRecipe()
+
+
+class GateRecipe(Strict):
+    """The policy waits, and the critic is recalibrated each iteration, while the critic judges fresh labelled responses worse."""
+
+    auroc_below: float | None = Field(default=None, gt=0, le=1)
+    brier_above: float | None = Field(default=None, ge=0, lt=1)
+
+    @property
+    def is_on(self) -> bool:
+        return (self.auroc_below, self.brier_above) != (None, None)
 
 
 class MStepRecipe(Strict):
@@ -362,6 +400,7 @@ class MStepRecipe(Strict):
     )
     kl_coef: float = Field(default=0.0, ge=0, description="weight of KL(policy || reference); 0: no reference model")
     kl: Literal["k1", "k3"] = "k3"
+    gate: GateRecipe = GateRecipe()
     importance: Literal["none", "token", "sequence"] = Field(
         default="none", description="truncated correction for what sampler and trainer disagree on, or for staleness"
     )

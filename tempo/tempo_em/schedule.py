@@ -12,7 +12,7 @@ import torch
 from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
 from tempo_engine.errors import Halted
-from tempo_engine.metrics import auroc
+from tempo_engine.metrics import auroc, brier
 from tempo_engine.mismatch import mismatch
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
@@ -29,6 +29,7 @@ from torch import Tensor
 from tempo_em import posteriors
 from tempo_em.ahead import Ahead
 from tempo_em.asking import Asking, without_stale_groups
+from tempo_em.cadence import AUROC, BRIER, Cadence, Decision
 from tempo_em.posteriors import Oracle
 from tempo_em.recipe import Recipe
 from tempo_em.waiting import Sampled, Waiting
@@ -47,6 +48,7 @@ class Stage:
     recalibrates_every: int
     baseline: str
     normalise: str
+    is_watched: bool = False  # by `Cadence`: adaptive E-steps, a policy that may have to wait
 
     @property
     def reads_critic(self) -> bool:
@@ -93,11 +95,11 @@ class EMLoop:
 
     def __post_init__(self) -> None:
         self.ahead = Ahead(self.recipe.rollout.ahead)
+        self.cadence = Cadence(self.recipe.estep, self.recipe.mstep.gate)
 
     def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
         """One EM iteration: sample from the policy, recalibrate the critic (E), refine the policy (M)."""
         key = f"{stage.name}/{iteration}"
-        recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
         with self.clock.time("rollout"):
             sampled = self.sample(stage, iteration)
         labelled, unlabelled, reward_S = sampled.labelled, sampled.unlabelled, torch.tensor(sampled.rewards)
@@ -105,12 +107,13 @@ class EMLoop:
         metrics |= {} if sampled.accuracy is None else {"critic/score/mean": sampled.accuracy}
         metrics |= {"rollout/responses": sampled.num_responses, "tokens/generated": sampled.num_tokens}
         scored = self.score(stage, labelled, unlabelled, iteration)
-        metrics |= scored.metrics
-        if recalibrates and self.recipe.em.order == "e_then_m":
+        decision = self.decide(stage, labelled, reward_S, iteration)
+        metrics |= scored.metrics | decision.metrics
+        if decision.recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
-        if stage.improves_policy:
+        if stage.improves_policy and not decision.waits:
             metrics |= self.m_step(stage, scored, sampled, key)
-        if recalibrates and self.recipe.em.order == "lagged":
+        if decision.recalibrates and self.recipe.em.order == "lagged":
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
 
@@ -208,18 +211,42 @@ class EMLoop:
 
     # --- E and M ---
 
+    def decide(self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, iteration: int) -> Decision:
+        """Whether to recalibrate, and whether the policy waits."""
+        if not stage.is_watched:
+            recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
+            return Decision(recalibrates, False, self.look(labelled, reward_S) if recalibrates else {})
+        budget = self.recipe.micro_batch_tokens
+        fresh = self.look(labelled, reward_S, with_brier=True)
+        decision = self.cadence.decide(fresh | self.cadence.drift(self.policy, budget))
+        for text in decision.notes:
+            self.note(f"iteration {iteration + 1}: {text}")
+        if decision.recalibrates:
+            self.cadence.drop_anchor(self.policy, labelled, budget)
+        return decision
+
+    def look(self, labelled: list[Rollout], reward_S: Tensor, *, with_brier: bool = False) -> dict[str, float]:
+        """How the critic judges fresh responses that it was never fitted to: how far it drifted since it was last calibrated."""
+        if self.critic is None or not labelled:
+            return {}
+        with self.clock.time("e_step"):
+            batch = pack(labelled, self.policy.device)
+            terminal_S = self.critic.terminal_values(self.values(batch), batch).cpu()
+        found = {AUROC: auroc(terminal_S.numpy(), reward_S.numpy())}
+        if with_brier:
+            low, high = self.recipe.critic.target_range
+            found[BRIER] = brier(((terminal_S - low) / (high - low)).clamp(0, 1).numpy(), reward_S.numpy())
+        return found
+
     def e_step(self, labelled: list[Rollout], reward_S: Tensor, key: str) -> dict[str, float]:
         """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
         if self.critic is None or self.critic_optimizer is None or not labelled:
             return {}
         with self.clock.time("e_step"):
             batch = pack(labelled, self.policy.device)
-            # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
-            terminal_S = self.critic.terminal_values(self.values(batch), batch)
-            return_S, seed = self.to_target(reward_S).to(self.policy.device), self.seed(key, "critic")
+            return_S, seed = self.label_outcome(reward_S).to(self.policy.device), self.seed(key, "critic")
             metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
         return metrics | {
-            "critic/auroc_fresh": auroc(terminal_S.cpu().numpy(), reward_S.numpy()),
             "critic/skipped_steps": self.critic_optimizer.num_skipped,
             "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
         }
@@ -234,7 +261,7 @@ class EMLoop:
             value_TS = self.values(batch) if stage.reads_critic else None
         outcome_S = torch.cat([
             self.posterior(stage, sampled, value_TS, batch),
-            self.to_target(torch.tensor(sampled.rewards)) if labelled else torch.empty(0),
+            self.label_outcome(torch.tensor(sampled.rewards)) if labelled else torch.empty(0),
         ]).to(self.policy.device)  # fmt: skip
         num_groups = len(unlabelled) // self.recipe.em.group_size
         group_S = torch.cat([
@@ -287,6 +314,10 @@ class EMLoop:
         """Rewards in {0, 1} on the scale the critic regresses on."""
         low, high = self.recipe.critic.target_range
         return low + (high - low) * reward_S
+
+    def label_outcome(self, reward_S: Tensor) -> Tensor:
+        """What verified responses are worth, in the E-step and in the M-step."""
+        return self.to_target(posteriors.denoised(reward_S, self.recipe.em.noise_rate))
 
     def seed(self, *names: Any) -> int:
         """A seed of its own for every occasion, so nothing depends on what was drawn before."""

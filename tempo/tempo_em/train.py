@@ -290,6 +290,7 @@ class Training:
             "iteration": self.iteration,
             "step": self.step,
             "policy_version": self.loop.policy.version,
+            "cadence": self.loop.cadence.state(),
             "cursors": {"labelled": self.loop.labelled.position, "unlabelled": self.loop.unlabelled.position},
             "evaluations": self.evaluations,
             "tokens": self.tokens,
@@ -309,6 +310,8 @@ class Training:
         self.evaluations, self.tokens, self.earlier_seconds = state["evaluations"], state["tokens"], state["seconds"]
         loop.labelled.position, loop.unlabelled.position = state["cursors"]["labelled"], state["cursors"]["unlabelled"]
         loop.policy.version = state["policy_version"]
+        if "cadence" in state:
+            loop.cadence.load_state(state["cadence"])
         weights = {f"{owner}/{name}": p for owner, named in self._weights().items() for name, p in named}
         missing = {name.split("/")[0] for name in weights.keys() - checkpoint.load_tensors(saved, dict(weights))}
         if loop.reference and "reference" in missing:  # where another run began without one, so does this one's KL

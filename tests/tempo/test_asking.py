@@ -10,6 +10,7 @@ import pytest
 from tempo_em.asking import MAX_REFILLS, Asking, without_stale_groups
 from tempo_em.build import stages_of
 from tempo_em.loading import load_recipe
+from tempo_em.posteriors import is_mislabelled
 from tempo_em.schedule import EMLoop
 from tempo_em.waiting import Sampled
 from tempo_engine.cursor import Cursor
@@ -79,6 +80,20 @@ def different_answers(key: str, number: int, sample: int) -> str:
 def cluster_of_two(key: str, number: int, sample: int) -> str:
     """The first prompt's answers all differ; those of the second are 0 0 1 2 3 4 5 6."""
     return str(sample) if number == 0 else str(max(sample - 1, 0))
+
+
+# --- Labels that lie ---------------------------------------------------------------------------------------------------------
+
+
+def test_mislabelled_questions_have_every_verdict_turned_round() -> None:
+    """The first sample of each prompt is right. Where the question is mislabelled it is the second one that passes for right."""
+    asks, _ = asking(right_at(0), "data.label_noise=0.4")
+    rollouts, rewards, accuracy = asks.labelled()
+    lies = [is_mislabelled(r.prompt.id, 0.4, 0) for r in rollouts]
+    assert any(lies)
+    assert not all(lies)
+    assert rewards == [float((i % 2 == 0) != lie) for i, lie in enumerate(lies)]
+    assert accuracy == 0.5
 
 
 # --- Unlabelled --------------------------------------------------------------------------------------------------------------

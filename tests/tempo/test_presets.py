@@ -367,6 +367,28 @@ def compare_policy(how: Definition, policy: Policy, steps: Steps, rows: list[Row
         assert_same(ours, gradient(steps.parameters, how.mean(losses)))
 
 
+def test_both_steps_correct_for_labels_that_lie() -> None:
+    """With a rate of 0.2 right and wrong count 4/3 and -1/3."""
+
+    def corrected(row: Row) -> float:
+        return (4 * row.is_right - (1 - row.is_right)) / 3
+
+    loop, em = make_loop("method=supervised_continuation", "em.noise_rate=0.2", "mstep.normalise=none")
+    policy_steps = Steps(loop.policy_optimizer, loop.policy.parameters(), 0.3)
+    assert loop.critic is not None
+    assert loop.critic_optimizer is not None
+    critic_steps = Steps(loop.critic_optimizer, loop.critic.parameters(), 0.3)
+    sampled = loop.fresh(em, 0)
+    metrics = loop.iterate(em, 0)
+    rows = rows_of(loop, sampled, (True,))
+    with torch.no_grad():
+        for row in rows:
+            row.values = read_values(loop.critic, row.rollout)
+    compare_fit(Fit(corrected), loop.critic, critic_steps, rows, metrics)
+    how = Definition(corrected, lambda rows, R: [R(row) - row.values[:-1] for row in rows], populations=(True,))
+    compare_policy(how, loop.policy, policy_steps, rows)
+
+
 def groups_of(rollouts: Sequence[Rollout], size: int) -> list[list[str]]:
     return [[r.text for r in rollouts[i : i + size]] for i in range(0, len(rollouts), size)]
 
