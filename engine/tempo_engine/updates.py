@@ -102,10 +102,11 @@ def fit_critic(
                 value_range=how.target_range,
             )
             parallel.will_sync(critic.scope, micro.is_last, critic.policy.sharding)
-            loss = critic.read(part, regress)
-            loss.total.backward()
-            metrics.add(loss.metrics)
-            bins_3B = bins_3B + loss.bins_3B
+            losses = critic.read(part, regress)
+            torch.stack([loss.total for loss in losses]).mean().backward()
+            for loss in losses:
+                metrics.add({name: x / len(losses) for name, x in loss.metrics.items()})
+                bins_3B = bins_3B + loss.bins_3B / len(losses)
         norm = take_step(optimizer, "critic", batch.select(rows), return_S=return_S[rows])
         metrics.end_step({"critic/grad_norm": norm})
     critic.release()

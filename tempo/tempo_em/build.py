@@ -85,7 +85,13 @@ def build(recipe: Recipe) -> Parts:
     policy = _policy(recipe, tokenizer, device)
     critic = None
     if recipe.uses_critic:
-        critic = Critic(policy, backbone=recipe.critic.backbone, kind=recipe.critic.head, terminal=recipe.em.terminal)
+        critic = Critic(
+            policy,
+            backbone=recipe.critic.backbone,
+            kind=recipe.critic.head,
+            terminal=recipe.em.terminal,
+            heads=recipe.critic.heads,
+        )
         if recipe.critic.path:
             restore_critic(critic, recipe.critic.path)
     sampler = _sampler(recipe, policy, tokenizer)

@@ -104,6 +104,10 @@ def _critic(recipe: Recipe) -> Iterator[str]:
     is_frozen = every == 0 or em.posterior == "frozen_critic"
     if recipe.critic.backbone == "shared" and is_frozen and recipe.em_uses_critic:
         yield "a critic on the policy's own trunk moves with the policy, so it cannot be frozen; use critic.backbone separate"
+    if recipe.critic.heads > 1 and recipe.estep.clip != "none":
+        yield "estep.clip holds values to old ones, which several heads share; set estep.clip to none or critic.heads to 1"
+    if recipe.critic.pessimism and em.posterior not in ("critic", "frozen_critic"):
+        yield f"critic.pessimism lowers the critic's outcomes, but the posterior is {em.posterior}; set it to 0"
     if recipe.critic.path is not None and recipe.cold_start.steps > 0:
         yield "critic.path is the critic of a trained policy, but cold_start makes a new one; set cold_start.steps to 0"
 

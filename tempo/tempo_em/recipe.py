@@ -108,8 +108,23 @@ class CriticRecipe(Strict):
         default="zero_one", description="what wrong and right regress on"
     )
 
+    heads: Positive = Field(default=1, description="more than one: an ensemble on one trunk; values are its mean")
+    pessimism: float = Field(
+        default=0.0,
+        ge=0,
+        description="outcomes of unlabelled responses are the heads' mean less so many standard deviations",
+    )
+
     @model_validator(mode="after")
     def head_fits(self) -> "CriticRecipe":
+        if self.pessimism and self.heads == 1:
+            raise ValueError("pessimism is about heads that disagree, of which there is one; set heads to 2 or more")
+        if self.heads > 1 and self.head == "sigmoid":
+            raise ValueError(
+                "several heads are exported as their mean, which sigmoid ones do not have; use head linear"
+            )
+        if self.heads > 1 and self.path is not None:
+            raise ValueError("an exported critic has one head; set heads to 1 with path")
         if self.loss == "bce" and self.head != "sigmoid":
             raise ValueError("loss bce wants head sigmoid: a linear head's value is not a probability")
         if self.head == "sigmoid" and self.target != "zero_one":

@@ -294,8 +294,10 @@ class EMLoop:
             return self.to_target(torch.tensor(sampled.beliefs))
         assert self.critic is not None
         assert value_TS is not None, f"posterior {stage.posterior} without a critic"
-        if stage.posterior == "frozen_critic" and self.frozen_critic is not None:
-            value_TS = self.frozen_critic.values(batch, self.recipe.micro_batch_tokens)
+        is_frozen = stage.posterior == "frozen_critic" and self.frozen_critic is not None
+        judge, pessimism = self.frozen_critic if is_frozen else self.critic, self.recipe.critic.pessimism
+        if judge is not None and (is_frozen or pessimism):  # else its values are known
+            value_TS = judge.values(batch, self.recipe.micro_batch_tokens, pessimism=pessimism)
         terminal_S = self.critic.terminal_values(value_TS, batch)[:count]
         return (
             posteriors.critic(terminal_S, self.recipe.critic.target_range) if self.recipe.em.clamp else terminal_S

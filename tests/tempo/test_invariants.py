@@ -193,6 +193,7 @@ def test_every_method_trains_and_reports(train: Train, weights: Weights, method:
         ("em.order=lagged", "em.terminal=last_prefix"),
         ("critic.target=plus_minus_one", "estep.clip=sequence_mean", "mstep.normalise=whiten"),
         ("critic.head=sigmoid", "critic.loss=bce", "mstep.loss=gspo"),
+        ("critic.heads=3", "critic.pessimism=1.0", "em.posterior=frozen_critic"),
         ("critic.backbone=shared", "mstep.loss=reinforce", "mstep.normalise=scale_per_population"),
         (
             "em.posterior=random",

@@ -389,6 +389,28 @@ def test_both_steps_correct_for_labels_that_lie() -> None:
     compare_policy(how, loop.policy, policy_steps, rows)
 
 
+def test_a_pessimistic_outcome_is_lower_by_what_the_heads_disagree() -> None:
+    """R = mean - 2 std of the heads' terminal values; the baseline is their mean."""
+    loop, em = make_loop(
+        "method=tempo_pure", "critic.heads=3", "critic.pessimism=2", "mstep.normalise=none", "estep.every=0"
+    )
+    assert loop.critic is not None
+    head = loop.critic.head
+    steps = Steps(loop.policy_optimizer, loop.policy.parameters(), 0.3)
+    sampled = loop.fresh(em, 0)
+    loop.iterate(em, 0)
+    rows = rows_of(loop, sampled, (False,))
+    advantages = []
+    with torch.no_grad():
+        for row in rows:
+            ids = torch.tensor([*row.rollout.prompt.token_ids, *row.rollout.response_ids])
+            hidden = loop.critic.trunk(input_ids=ids[None], use_cache=False).last_hidden_state[0]
+            values_K = (hidden @ head.weight.view(3, -1).T + head.bias)[len(row.rollout.prompt.token_ids) - 1 :]
+            outcome = (values_K[-1].mean() - 2 * values_K[-1].std()).clamp(0, 1)
+            advantages.append(outcome - values_K[:-1].mean(1))
+    compare_policy(Definition(label, lambda rows, outcome: advantages), loop.policy, steps, rows)
+
+
 def groups_of(rollouts: Sequence[Rollout], size: int) -> list[list[str]]:
     return [[r.text for r in rollouts[i : i + size]] for i in range(0, len(rollouts), size)]
 

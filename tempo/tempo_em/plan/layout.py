@@ -136,7 +136,7 @@ class Layout:
         """None when the method needs no critic. On a shared backbone it is a value head."""
         if not self.recipe.uses_critic:
             return None
-        shape, head = self.shape, self.shape.hidden_size + 1
+        shape, head = self.shape, (self.shape.hidden_size + 1) * self.recipe.critic.heads
         if self.recipe.critic.backbone == "shared":
             return Network(0, Group(0, 0), None, Group(0, 0), head)
         return Network(
