@@ -216,6 +216,8 @@ class EMLoop:
         if not stage.is_watched:
             recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
             return Decision(recalibrates, False, self.look(labelled, reward_S) if recalibrates else {})
+        if not labelled:  # the filter left none: nothing to look at, and nothing to fit
+            return Decision(False, self.cadence.waits, {})
         budget = self.recipe.micro_batch_tokens
         fresh = self.look(labelled, reward_S, with_brier=True)
         decision = self.cadence.decide(fresh | self.cadence.drift(self.policy, budget))

@@ -162,3 +162,10 @@ def test_a_stopped_run_goes_on_with_its_frozen_critic_and_its_cadence(
     critics = zip(again.loop.frozen_critic.parameters(), whole.loop.frozen_critic.parameters(), strict=True)
     assert all(torch.equal(one, other) for (_, one), (_, other) in critics)
     assert all(torch.equal(w, weights(whole)[name]) for name, w in weights(again).items())
+
+
+def test_an_iteration_without_labelled_responses_is_no_e_step(prepare: Train) -> None:
+    training = prepare("mstep.gate.auroc_below=0.6", "estep.every=3")
+    loop, em = training.loop, training.parts.stages[-1]
+    decision = loop.decide(em, [], torch.empty(0), 0)
+    assert (decision.recalibrates, decision.waits, loop.cadence.since) == (False, False, None)
