@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from tempo_kernels import split_values
 
 from tempo_engine.metrics import (
     auroc,
@@ -74,7 +73,7 @@ def terminal_probabilities(
 ) -> np.ndarray:
     """The critic's terminal values as probabilities of being right, clamped to [0, 1], [N]."""
     batch = pack(rollouts, device=critic.device)
-    _, terminal_S = split_values(critic.values(batch, micro_batch_tokens), batch.cu_responses_S1)
+    terminal_S = critic.terminal_values(critic.values(batch, micro_batch_tokens), batch)
     low, high = target
     return ((terminal_S - low) / (high - low)).clamp(0, 1).cpu().double().numpy()
 

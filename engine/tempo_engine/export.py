@@ -113,9 +113,9 @@ def export_checkpoint(
         del model
         model = _frozen_model(skeleton, dtype, frozen)
     trunk = trunk_of(model)
-    head = ValueHead(
-        names["critic/head.weight"].numel(), torch.promote_types(dtype, torch.float32), torch.device("cpu")
-    )
+    heads = names["critic/head.bias"].numel()
+    size = names["critic/head.weight"].numel() // heads
+    head = ValueHead(size, torch.promote_types(dtype, torch.float32), torch.device("cpu"), heads)
     if frozen and frozen.critic:
         _read_critic(frozen.critic, trunk, head)
     if has_own_trunk:
@@ -201,6 +201,8 @@ def _export_critic(
 ) -> None:
     weights = _whole_weights(trunk, dtype, lora)
     weight, bias = (parallel.whole(p.detach()).cpu() for p in (head.weight, head.bias))
+    if len(bias) > 1:  # linear ones: their mean is a head
+        weight, bias = weight.view(len(bias), -1).mean(0), bias.mean(0, keepdim=True)
     if parallel.is_main():
         with _in_one_piece(folder) as temporary:
             try:

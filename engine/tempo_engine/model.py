@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 import torch
-from tempo_kernels import TokenStats, linear_logprob, value_head
+from tempo_kernels import TokenStats, linear_logprob, split_values, value_head
 from tempo_kernels.segments import segment_index
 from tempo_kernels.value_head import HeadKind
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from tempo_engine.parallel import Sharding
 from tempo_engine.weights import blank_like, copy_weights, fill_from, is_blank, is_tied, make_room
 
 R = TypeVar("R")
+Terminal = Literal["after_last_token", "last_prefix"]
 
 PACKED_LAYERS = frozenset({"full_attention", "sliding_attention"})
 
@@ -209,16 +210,23 @@ def _groups(model: PreTrainedModel) -> list[nn.Module]:
 
 
 class ValueHead(nn.Module):
-    """Weight [D] and bias [1] that start at zero, so that every value starts at 0 (linear) or 1/2 (sigmoid)."""
+    """Weight [D] and bias [1] that start at zero, so that every value starts at 0 (linear) or 1/2 (sigmoid).
 
-    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device) -> None:
+    Of `count` heads, weight [count D] and bias [count], the others start at random: fitted alike, they agree on what they have seen
+    and less on what they have not.
+    """
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype, device: torch.device, count: int = 1) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(hidden_size, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.zeros(1, dtype=dtype, device=device))
+        weight = torch.zeros(count, hidden_size, dtype=dtype)
+        weight[1:].normal_(std=hidden_size**-0.5, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(weight.flatten().to(device))
+        self.bias = nn.Parameter(torch.zeros(count, dtype=dtype, device=device))
 
-    def forward(self, hidden: Tensor, read: Callable[[Tensor, Tensor, Tensor], R]) -> R:
-        """`read(hidden, weight, bias)` with a scalar bias."""
-        return read(hidden, self.weight, self.bias[0])
+    def forward(self, hidden: Tensor, read: Callable[[Tensor, Tensor, Tensor], R]) -> tuple[R, ...]:
+        """`read(hidden, weight, bias)` of each head, with a scalar bias."""
+        weight_KD = self.weight.view(len(self.bias), -1)
+        return tuple(read(hidden, weight, bias) for weight, bias in zip(weight_KD, self.bias, strict=True))
 
 
 class Critic:
@@ -226,15 +234,28 @@ class Critic:
 
     `separate`: a trunk of its own, a copy of the policy's. `shared`: a value head on the policy's trunk, which the critic then
     never trains: an E-step must not move the policy.
+
+    `terminal`: where a whole response's value is read. With last_prefix the critic never sees the last token: neither there nor
+    when it is fitted. `heads`: more than one are an ensemble, of which values are the mean.
     """
 
-    def __init__(self, policy: Policy, *, backbone: Literal["separate", "shared"], kind: HeadKind) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        *,
+        backbone: Literal["separate", "shared"],
+        kind: HeadKind,
+        terminal: Terminal = "after_last_token",
+        heads: int = 1,
+    ) -> None:
         self.policy = policy
-        self.backbone = backbone
+        self.backbone: Literal["separate", "shared"] = backbone
+        self.terminal: Terminal = terminal
         self.kind: HeadKind = kind
         self.device = policy.device
         # The head is at least float32 whatever the trunk is: a difference of two values near 1 would drown in bf16 spacing.
-        self.head = ValueHead(policy.hidden_size, policy.precision, policy.device)
+        self.num_heads = heads
+        self.head = ValueHead(policy.hidden_size, policy.precision, policy.device, heads)
         self.trunk = policy.trunk
         parts: dict[str, nn.Module] = {"head": self.head}
         groups: list[nn.Module] = []
@@ -253,8 +274,26 @@ class Critic:
         if self.backbone == "separate":
             copy_weights(self.trunk, self.policy.trunk)
 
-    def read(self, batch: PackedBatch, function: Callable[[Tensor, Tensor, Tensor], R]) -> R:
-        """`function(hidden [TS, D], head weight [D], bias [])`: a value, or a loss. No gradient reaches the policy's trunk."""
+    def frozen_copy(self) -> "Critic":
+        """A critic with a trunk of its own and the same weights, that nobody trains."""
+        how: dict[str, Any] = {"kind": self.kind, "terminal": self.terminal, "heads": self.num_heads}
+        copied = Critic(self.policy, backbone="separate", **how)
+        copied.copy_from(self)
+        return copied
+
+    def copy_from(self, other: "Critic") -> None:
+        """The other's trunk and head."""
+        copy_weights(self.trunk, other.trunk)
+        copy_weights(self.head, other.head)
+
+    def terminal_values(self, value_TS: Tensor, batch: PackedBatch) -> Tensor:
+        """The value of each whole response, [S], among the T + 1 of each."""
+        baseline_T, terminal_S = split_values(value_TS, batch.cu_responses_S1)
+        return terminal_S if self.terminal == "after_last_token" else baseline_T[batch.cu_responses_S1[1:] - 1]
+
+    def read(self, batch: PackedBatch, function: Callable[[Tensor, Tensor, Tensor], R]) -> tuple[R, ...]:
+        """`function(hidden [TS, D], head weight [D], bias [])` of each head: a value, or a loss. No gradient reaches the policy's
+        trunk."""
         return self.scope(lambda: self.head(self._hidden(batch), function))
 
     def _hidden(self, batch: PackedBatch) -> Tensor:
@@ -264,11 +303,16 @@ class Critic:
             return self.policy.scope(hidden_states, self.trunk, batch, batch.value_index_TS)
 
     @torch.no_grad()
-    def values(self, batch: PackedBatch, max_tokens: int) -> Tensor:
-        """T + 1 values per sequence, [TS], computed in micro-batches of at most `max_tokens`."""
+    def values(self, batch: PackedBatch, max_tokens: int, *, pessimism: float = 0.0) -> Tensor:
+        """T + 1 values per sequence, [TS], computed in micro-batches of at most `max_tokens`: of several heads the mean, less
+        `pessimism` times their standard deviation."""
         value_TS = torch.zeros(len(batch.value_index_TS), dtype=self.policy.precision, device=self.device)
         for micro in self.policy.micro_batches(batch, None, max_tokens):
-            part = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind))
+            each = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind))
+            part = each[0]
+            if len(each) > 1:
+                part_KN = torch.stack(each)
+                part = part_KN.mean(0) - pessimism * part_KN.std(0)
             if micro.counts:
                 value_TS[segment_index(batch.cu_values_S1, micro.rows)] = part
         self.release()

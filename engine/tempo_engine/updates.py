@@ -49,7 +49,8 @@ class PolicyUpdate:
     clip_low: float
     clip_high: float
     dual_clip: float | None = None
-    aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    aggregate: Literal["token_mean", "sequence_mean", "fixed_denominator"] = "sequence_mean"
+    denominator: float | None = None  # of fixed_denominator
     entropy_coef: float = 0.0
     kl_coef: float = 0.0
     kl: KLKind = "k3"
@@ -70,7 +71,8 @@ def fit_critic(
     """E-step: regress every value of a sequence, T prefixes and the terminal one, on the sequence's outcome.
 
     The loss is the mean over sequences of the mean over their T + 1 values (TEMPO, arXiv 2604.19295, eq. 7), divided by the
-    number of sequences of the whole minibatch. `batch` holds labelled rows only.
+    number of sequences of the whole minibatch. `batch` holds labelled rows only. A critic that reads its terminal value before the
+    last token is not fitted after it: the mean is over T values.
     """
     metrics = Accumulator()
     bins_3B = torch.zeros(3, 1, device=return_S.device)
@@ -81,13 +83,16 @@ def fit_critic(
         for micro in critic.policy.micro_batches(batch, rows, how.micro_batch_tokens):
             part = batch.select(micro.rows)
             values_S = part.response_length_S + 1
-            weight_S = micro.counts / (len(rows) * values_S)
+            fitted_S = values_S if critic.terminal == "after_last_token" else part.response_length_S
+            weight_N = (micro.counts / (len(rows) * fitted_S)).repeat_interleave(values_S)
+            if critic.terminal == "last_prefix":
+                weight_N[part.cu_values_S1[1:] - 1] = 0.0
             index = segment_index(batch.cu_values_S1, micro.rows)
 
             regress = partial(
                 value_head_loss,
                 return_N=return_S[micro.rows].repeat_interleave(values_S),
-                weight_N=weight_S.repeat_interleave(values_S),
+                weight_N=weight_N,
                 head=critic.kind,
                 loss=how.loss,
                 clip=how.clip,
@@ -97,10 +102,11 @@ def fit_critic(
                 value_range=how.target_range,
             )
             parallel.will_sync(critic.scope, micro.is_last, critic.policy.sharding)
-            loss = critic.read(part, regress)
-            loss.total.backward()
-            metrics.add(loss.metrics)
-            bins_3B = bins_3B + loss.bins_3B
+            losses = critic.read(part, regress)
+            torch.stack([loss.total for loss in losses]).mean().backward()
+            for loss in losses:
+                metrics.add({name: x / len(losses) for name, x in loss.metrics.items()})
+                bins_3B = bins_3B + loss.bins_3B / len(losses)
         norm = take_step(optimizer, "critic", batch.select(rows), return_S=return_S[rows])
         metrics.end_step({"critic/grad_norm": norm})
     critic.release()
@@ -146,7 +152,7 @@ def improve_policy(
     generator = torch.Generator().manual_seed(seed)
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
         rows = rows.to(advantage_T.device)
-        weights = token_weights(batch.select(rows).cu_responses_S1, how.aggregate)
+        weights = token_weights(batch.select(rows).cu_responses_S1, how.aggregate, denominator=how.denominator)
         weight_T = weights.new_zeros(len(advantage_T))
         weight_T[segment_index(batch.cu_responses_S1, rows)] = weights
         for micro in policy.micro_batches(batch, rows, how.micro_batch_tokens):

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
 from tempo_engine.rollout import Prompt, Rollout
-from tempo_engine.tasks.answers import score
+from tempo_engine.tasks.answers import Extract, score
 
+from tempo_em import posteriors
 from tempo_em.waiting import Sampled
 
 if TYPE_CHECKING:
@@ -20,10 +21,12 @@ MAX_REFILLS = 10
 
 
 class Asking:
-    """One occasion. `num_responses` and `num_tokens` count everything sampled, kept or not; `cursors` move on."""
+    """One occasion. `num_responses` and `num_tokens` count everything sampled, kept or not; `cursors` move on. `beliefs` are the
+    outcomes of the unlabelled responses, see `Sampled`."""
 
     def __init__(self, loop: EMLoop, stage: Stage, key: str, cursors: dict[str, Cursor[Any]]) -> None:
-        self.loop, self.key, self.cursors = loop, key, cursors
+        self.loop, self.stage, self.key, self.cursors = loop, stage, key, cursors
+        self.beliefs: list[float] = []
         self.num_labelled, self.num_unlabelled = loop.recipe.groups(stage.labelled_share)
         self.num_responses, self.num_tokens = 0, 0
 
@@ -40,7 +43,8 @@ class Asking:
         for refill in range(MAX_REFILLS if wanted else 0):
             items = self.cursors["labelled"].next(self.num_labelled)
             fresh = self._ask([item.prompt for item in items], size, f"labelled/{refill}")
-            fresh_rewards = self._verify(fresh, [item.answers for item in items for _ in range(size)])
+            answers = [item.answers for item in items for _ in range(size)]
+            fresh_rewards = self._with_noise(fresh, self._verify(fresh, answers, self.loop.extract_labelled))
             all_rewards += fresh_rewards
             for start in range(0, len(fresh), size):
                 group = slice(start, start + size)
@@ -52,25 +56,57 @@ class Asking:
         accuracy = sum(all_rewards) / len(all_rewards) if all_rewards else None
         return rollouts[:wanted], rewards[:wanted], accuracy
 
+    def _with_noise(self, rollouts: list[Rollout], rewards: list[float]) -> list[float]:
+        noise, seed = self.loop.recipe.data.label_noise, self.loop.recipe.seed
+        if not noise:
+            return rewards
+        pairs = zip(rollouts, rewards, strict=True)
+        return [1.0 - r if posteriors.is_mislabelled(rollout.prompt.id, noise, seed) else r for rollout, r in pairs]
+
     def unlabelled(self) -> list[Rollout]:
-        """Fresh responses to unlabelled prompts. With dynamic sampling, groups that all give one answer are replaced."""
-        size, extract = self.loop.recipe.em.group_size, self.loop.extract_unlabelled
-        wanted = self.num_unlabelled * size
+        """Fresh responses to unlabelled prompts, without those that only voted. Groups outside the entropy band are left out; with
+        dynamic sampling they are replaced, and so are groups that all give one answer."""
+        em = self.loop.recipe.em
+        wanted = self.num_unlabelled * em.group_size
         rollouts: list[Rollout] = []
         for refill in range(MAX_REFILLS if wanted else 0):
             # The first occasion's name has no number: nothing else changes when dynamic sampling is off.
             fresh = self._ask(
                 self.cursors["unlabelled"].next(self.num_unlabelled),
-                size,
+                em.samples,
                 f"unlabelled/{refill}" if refill else "unlabelled",
             )
-            for start in range(0, len(fresh), size):
-                group = fresh[start : start + size]
-                if not self.loop.recipe.em.dynamic_sampling or len({extract(r.text) for r in group}) > 1:
-                    rollouts += group
-            if len(rollouts) >= wanted:
+            for start in range(0, len(fresh), em.samples):
+                group = fresh[start : start + em.samples]
+                answers = [self.loop.extract_unlabelled(r.text) for r in group]
+                if self._teaches(answers):
+                    rollouts += group[: em.group_size]
+                    self.beliefs += self._beliefs(group, answers)[: em.group_size]
+            if len(rollouts) >= wanted or not em.dynamic_sampling:
                 break
+        if self.stage.posterior == "random":
+            self.beliefs = posteriors.coin_flip(len(rollouts), f"{self.loop.recipe.seed}/{self.key}").tolist()
+        self.beliefs = self.beliefs[:wanted]
         return rollouts[:wanted]
+
+    def _teaches(self, answers: list[str | None]) -> bool:
+        em = self.loop.recipe.em
+        if em.dynamic_sampling and len(set(answers)) == 1:
+            return False
+        return em.entropy_band is None or em.entropy_band[0] < posteriors.answer_entropy(answers) < em.entropy_band[1]
+
+    def _beliefs(self, group: list[Rollout], answers: list[str | None]) -> list[float]:
+        """What a group's answers say of each response; nothing when the posterior does not read answers."""
+        posterior = self.stage.posterior
+        if posterior == "majority_vote":
+            return posteriors.majority_vote([answers]).tolist()
+        if posterior == "cluster_frequency":
+            return posteriors.cluster_frequency([answers]).tolist()
+        if posterior == "oracle":
+            assert self.loop.oracle is not None, "posterior oracle without answers"
+            right = [self.loop.oracle.answers[rollout.prompt.id] for rollout in group]
+            return self._verify(group, right, self.loop.extract_unlabelled)
+        return []
 
     def _ask(self, prompts: list[Prompt], group_size: int, what: str) -> list[Rollout]:
         rollouts = self.loop.sampler.sample(prompts, group_size, key=f"{self.key}/{what}")
@@ -78,11 +114,11 @@ class Asking:
         self.num_tokens += sum(len(r.response_ids) for r in rollouts)
         return rollouts
 
-    def _verify(self, rollouts: list[Rollout], answers: list[frozenset[str]]) -> list[float]:
+    def _verify(self, rollouts: list[Rollout], answers: list[frozenset[str]], extract: Extract) -> list[float]:
         """1.0 for each right response, 0.0 for each wrong one."""
         return parallel.together(
             [len(r.response_ids) for r in rollouts],
-            lambda mine: [score(self.loop.extract_labelled, rollouts[i].text, answers[i]) for i in mine],
+            lambda mine: [score(extract, rollouts[i].text, answers[i]) for i in mine],
         )
 
 
@@ -96,6 +132,7 @@ def without_stale_groups(sampled: Sampled, oldest: int, labelled_size: int, unla
     labelled, unlabelled = kept(sampled.labelled, labelled_size), kept(sampled.unlabelled, unlabelled_size)
     return replace(
         sampled,
+        beliefs=[sampled.beliefs[i] for i in unlabelled] if sampled.beliefs else [],
         labelled=[sampled.labelled[i] for i in labelled],
         rewards=[sampled.rewards[i] for i in labelled],
         unlabelled=[sampled.unlabelled[i] for i in unlabelled],

@@ -36,6 +36,7 @@ from tempo_engine.weights import (
 )
 
 from tempo_em.cold_start import ColdStart
+from tempo_em.posteriors import Oracle
 from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
@@ -84,7 +85,13 @@ def build(recipe: Recipe) -> Parts:
     policy = _policy(recipe, tokenizer, device)
     critic = None
     if recipe.uses_critic:
-        critic = Critic(policy, backbone=recipe.critic.backbone, kind=recipe.critic.head)
+        critic = Critic(
+            policy,
+            backbone=recipe.critic.backbone,
+            kind=recipe.critic.head,
+            terminal=recipe.em.terminal,
+            heads=recipe.critic.heads,
+        )
         if recipe.critic.path:
             restore_critic(critic, recipe.critic.path)
     sampler = _sampler(recipe, policy, tokenizer)
@@ -105,6 +112,8 @@ def build(recipe: Recipe) -> Parts:
         policy_update=_policy_update(recipe),
         critic_update=_critic_update(recipe),
         clock=Clock(),
+        frozen_critic=critic.frozen_copy() if critic and recipe.keeps_frozen_critic else None,
+        oracle=_oracle(datasets["unlabelled"]) if recipe.em.posterior == "oracle" else None,
     )
     audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
     sets = [
@@ -140,6 +149,7 @@ def stages_of(recipe: Recipe) -> list[Stage]:
             recalibrates_every=recipe.estep.every,
             baseline=recipe.mstep.baseline,
             normalise=recipe.mstep.normalise,
+            is_watched=recipe.estep.adaptive.is_on or recipe.mstep.gate.is_on,
         ),
     ]
 
@@ -176,6 +186,17 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
     else:
         generator = Sums(source.terms, source.largest)
     return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
+
+
+def _oracle(unlabelled: Dataset) -> Oracle:
+    """What no other posterior gets: the answers of the unlabelled questions."""
+    unanswered = next((q for q in unlabelled.questions if not q.answers), None)
+    if unanswered:
+        raise UserError(
+            f"posterior oracle trains on the answers of data.unlabelled, but {str(unanswered.content)[:60]!r} has none; "
+            "choose another em.posterior"
+        )
+    return Oracle({question.id: question.answers for question in unlabelled.questions})
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
@@ -277,6 +298,7 @@ def _policy_update(recipe: Recipe) -> PolicyUpdate:
         clip_high=how.clip_high,
         dual_clip=how.dual_clip,
         aggregate=how.aggregate,
+        denominator=recipe.rollout.max_new_tokens if how.aggregate == "fixed_denominator" else None,
         entropy_coef=how.entropy_coef,
         kl_coef=how.kl_coef,
         kl=how.kl,
@@ -303,7 +325,8 @@ def _policy_steps(recipe: Recipe) -> int:
 
 
 def _critic_steps(recipe: Recipe) -> int:
-    em = -(-recipe.em.iterations // recipe.estep.every) if recipe.estep.every else 0
+    longest = 1 if recipe.estep.adaptive.is_on or recipe.mstep.gate.is_on else recipe.estep.every
+    em = -(-recipe.em.iterations // longest) if recipe.estep.every else 0
     fits = recipe.initialisation.critic_warmup + recipe.initialisation.rlvr + em
     return fits * recipe.estep.epochs * recipe.estep.minibatches
 

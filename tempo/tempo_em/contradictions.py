@@ -2,24 +2,23 @@
 
 from collections.abc import Iterator
 
-from tempo_em.recipe import Recipe
+from tempo_em.recipe import JsonlSource, Recipe
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
     """One sentence for every contradiction in a recipe."""
     yield from _critic(recipe)
+    yield from _cadence(recipe)
     yield from _schedule(recipe)
     yield from _rollout(recipe)
-    em, mstep = recipe.em, recipe.mstep
+    yield from _posterior(recipe)
+    yield from _advantage(recipe)
+    mstep = recipe.mstep
     if recipe.model.compile and recipe.model.activation_checkpointing == "selective":
         yield (
             "model.activation_checkpointing selective chooses among operations, of which compiled blocks have none left; "
             "use full or off with model.compile"
         )
-    if mstep.baseline == "group_mean" and em.labelled_share < 1 and em.group_size == 1:
-        yield "a group mean of one response says nothing; raise em.group_size or choose another mstep.baseline"
-    if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
-        yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
     if mstep.importance != "none" and mstep.old_logprob == "sampler":
         yield (
             f"mstep.importance {mstep.importance} corrects for the ratio of mstep.old_logprob to the sampler's "
@@ -29,6 +28,61 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         yield (
             "with top_p or top_k the sampler's log-probs are those of a truncated distribution; "
             "set mstep.old_logprob to trainer"
+        )
+
+
+def _posterior(recipe: Recipe) -> Iterator[str]:
+    em, unlabelled = recipe.em, recipe.data.unlabelled
+    if em.posterior == "label" and em.labelled_share < 1:
+        yield (
+            "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1, or train on hidden answers with "
+            "posterior oracle"
+        )
+    if em.posterior == "oracle" and em.labelled_share == 1:
+        yield "posterior oracle trains on the answers of data.unlabelled, but em.labelled_share 1 samples none of its prompts"
+    if em.posterior == "oracle" and isinstance(unlabelled, JsonlSource) and unlabelled.answer is None:
+        yield (
+            "posterior oracle trains on the answers of data.unlabelled, which has none: its answer is null; name their column, or "
+            "choose another em.posterior, none of which ever sees them"
+        )
+    if em.votes is not None and em.votes < em.group_size:
+        yield f"em.votes {em.votes} is less than the em.group_size {em.group_size} responses that are trained on; raise it"
+    if em.votes is not None and em.posterior not in ("majority_vote", "cluster_frequency"):
+        yield (
+            f"em.votes is for a posterior that counts answers, em.posterior is {em.posterior}; remove it, and raise em.group_size "
+            "for more responses"
+        )
+    if em.entropy_band is not None and em.labelled_share == 1:
+        yield "em.entropy_band chooses among unlabelled groups, of which em.labelled_share 1 leaves none"
+    if em.entropy_band is not None and not em.entropy_band[0] < em.entropy_band[1]:
+        yield f"em.entropy_band goes from low to high, got {em.entropy_band[0]:g} to {em.entropy_band[1]:g}"
+    if em.terminal == "last_prefix" and em.posterior not in ("critic", "frozen_critic"):
+        yield f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}"
+
+
+def _advantage(recipe: Recipe) -> Iterator[str]:
+    em, mstep = recipe.em, recipe.mstep
+    if mstep.baseline == "group_mean" and em.labelled_share < 1 and em.group_size == 1:
+        yield "a group mean of one response says nothing; raise em.group_size or choose another mstep.baseline"
+    if mstep.baseline == "group_mean" and em.labelled_share == 1 and em.labelled_group_size == 1:
+        yield "a group mean of one response says nothing; raise em.labelled_group_size or choose another mstep.baseline"
+    if mstep.normalise == "group_std" and mstep.baseline != "group_mean":
+        yield "mstep.normalise group_std belongs to mstep.baseline group_mean"
+    if em.noise_rate and recipe.critic.loss == "bce":
+        yield "em.noise_rate corrects outcomes to values beyond [0, 1], where critic.loss bce has no minimum; use mse"
+    if mstep.normalise != "self_normalise":
+        return
+    if em.noise_rate and em.train_policy_on_labelled and em.labelled_share > 0:
+        yield (
+            "em.noise_rate corrects outcomes to values below 0, of which mstep.normalise self_normalise has no shares; set "
+            "em.train_policy_on_labelled to false"
+        )
+    if mstep.baseline == "critic_prefix":
+        yield "mstep.normalise self_normalise weighs whole responses within their group; use mstep.baseline group_mean or none"
+    if recipe.critic.target != "zero_one" or not em.clamp:
+        yield (
+            "mstep.normalise self_normalise takes shares of a total, for which no outcome may be negative; use critic.target "
+            "zero_one and em.clamp true"
         )
 
 
@@ -47,12 +101,28 @@ def _critic(recipe: Recipe) -> Iterator[str]:
     is_fitted = every > 0 or recipe.initialisation.critic_warmup > 0 or recipe.initialisation.rlvr > 0
     if recipe.em_uses_critic and em.iterations > 0 and not is_fitted and recipe.critic.path is None:
         yield "the critic would be used but never fitted; set initialisation.critic_warmup, estep.every or critic.path"
-    if recipe.critic.backbone == "shared" and every == 0 and recipe.em_uses_critic:
+    is_frozen = every == 0 or em.posterior == "frozen_critic"
+    if recipe.critic.backbone == "shared" and is_frozen and recipe.em_uses_critic:
         yield "a critic on the policy's own trunk moves with the policy, so it cannot be frozen; use critic.backbone separate"
+    if recipe.critic.heads > 1 and recipe.estep.clip != "none":
+        yield "estep.clip holds values to old ones, which several heads share; set estep.clip to none or critic.heads to 1"
+    if recipe.critic.pessimism and em.posterior not in ("critic", "frozen_critic"):
+        yield f"critic.pessimism lowers the critic's outcomes, but the posterior is {em.posterior}; set it to 0"
     if recipe.critic.path is not None and recipe.cold_start.steps > 0:
         yield "critic.path is the critic of a trained policy, but cold_start makes a new one; set cold_start.steps to 0"
-    if em.terminal == "last_prefix" and em.posterior != "critic":
-        yield f"em.terminal says where the critic is read as reward, but the posterior is {em.posterior}"
+
+
+def _cadence(recipe: Recipe) -> Iterator[str]:
+    every, adaptive, gate = recipe.estep.every, recipe.estep.adaptive, recipe.mstep.gate
+    if adaptive.is_on and every < 2:
+        yield (
+            f"estep.adaptive recalibrates when the critic needs it, but estep.every is {every}; set it to the longest time between "
+            "two E-steps, 2 iterations or more"
+        )
+    if gate.is_on and recipe.em.posterior != "critic":
+        yield f"mstep.gate waits for a critic that is recalibrated, but the posterior is {recipe.em.posterior}"
+    if gate.is_on and every == 0:
+        yield "mstep.gate waits for a better critic, but estep.every is 0, so it never becomes one; set estep.every to 1 or more"
 
 
 def _schedule(recipe: Recipe) -> Iterator[str]:
@@ -60,11 +130,9 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
     if recipe.estep.filter == "zero_variance" and em.labelled_group_size == 1:
         yield "estep.filter zero_variance would drop every group of one response; raise em.labelled_group_size"
     if em.labelled_share < 1 and em.iterations > 0 and recipe.groups(em.labelled_share)[1] == 0:
-        yield f"em.rollouts {em.rollouts} leaves no whole group of {em.group_size} for unlabelled prompts; raise it"
+        yield f"em.rollouts {em.rollouts} leaves no whole group of {em.samples} for unlabelled prompts; raise it"
     if recipe.initialisation.critic_warmup + recipe.initialisation.rlvr > 0 and recipe.groups(1.0)[0] == 0:
         yield f"em.rollouts {em.rollouts} is less than one labelled group of {em.labelled_group_size}; raise it"
-    if em.posterior == "label" and em.labelled_share < 1:
-        yield "posterior label has no labels for unlabelled prompts; set em.labelled_share to 1"
     if em.labelled_share == 1 and not em.train_policy_on_labelled:
         yield "em.labelled_share is 1 and em.train_policy_on_labelled is false, so the policy would never be trained"
 

@@ -104,7 +104,8 @@ def without_learning(where: str, settings: list[str]) -> ResolvedRecipe:
     overrides: list[tuple[str, Any]] = [
         ("mstep.optim.lr", 0.0), ("estep.optim.lr", 0.0), ("cold_start.steps", 0),
         ("mstep.old_logprob", "trainer"), ("mstep.kl_coef", 0.0), ("rollout.ahead", 0), ("rollout.partial", False),
-        ("rollout.top_p", 1.0), ("rollout.top_k", 0), ("em.dynamic_sampling", False), ("estep.filter", "none"),
+        ("rollout.top_p", 1.0), ("rollout.top_k", 0), ("em.dynamic_sampling", False), ("em.entropy_band", None),
+        ("estep.filter", "none"),
         ("rollout.mismatch.every", 1), ("rollout.mismatch.warn_above", None), ("rollout.mismatch.correct_above", None),
         ("rollout.mismatch.stop_above", None),
     ]  # fmt: skip
@@ -168,7 +169,7 @@ def _update(loop: EMLoop, stage: Stage, sampled: Sampled, scored: Scored, iterat
     """Both steps, as in an iteration of a run; the next one begins with a sync of the weights."""
     key, reward_S = f"{stage.name}/{iteration}", torch.tensor(sampled.rewards)
     loop.e_step(sampled.labelled, reward_S, key)
-    loop.m_step(stage, scored, sampled.labelled, reward_S, sampled.unlabelled, key)
+    loop.m_step(stage, scored, sampled, key)
 
 
 # --- Where ---------------------------------------------------------------------------------------------------------------------

@@ -11,8 +11,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 Probability = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+NoiseRate = Annotated[float, Field(ge=0, lt=0.5)]
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
+Posterior = Literal["label", "critic", "frozen_critic", "majority_vote", "cluster_frequency", "oracle", "random"]
 
 
 class Strict(BaseModel):
@@ -106,8 +108,23 @@ class CriticRecipe(Strict):
         default="zero_one", description="what wrong and right regress on"
     )
 
+    heads: Positive = Field(default=1, description="more than one: an ensemble on one trunk; values are its mean")
+    pessimism: float = Field(
+        default=0.0,
+        ge=0,
+        description="outcomes of unlabelled responses are the heads' mean less so many standard deviations",
+    )
+
     @model_validator(mode="after")
     def head_fits(self) -> "CriticRecipe":
+        if self.pessimism and self.heads == 1:
+            raise ValueError("pessimism is about heads that disagree, of which there is one; set heads to 2 or more")
+        if self.heads > 1 and self.head == "sigmoid":
+            raise ValueError(
+                "several heads are exported as their mean, which sigmoid ones do not have; use head linear"
+            )
+        if self.heads > 1 and self.path is not None:
+            raise ValueError("an exported critic has one head; set heads to 1 with path")
         if self.loss == "bce" and self.head != "sigmoid":
             raise ValueError("loss bce wants head sigmoid: a linear head's value is not a probability")
         if self.head == "sigmoid" and self.target != "zero_one":
@@ -170,6 +187,9 @@ class DataRecipe(Strict):
     unlabelled: Source
     evaluation: dict[SetName, Source] = Field(
         default={}, description="further sets by name, for example labelled_heldout"
+    )
+    label_noise: NoiseRate = Field(
+        default=0.0, description="an experiment: so many labelled questions have their training verdicts turned round"
     )
 
     @model_validator(mode="after")
@@ -299,22 +319,60 @@ class EMRecipe(Strict):
         default=False,
         description="unlabelled groups whose responses all give the same answer are replaced, up to 10 times",
     )
-    posterior: Literal["label", "critic", "majority_vote", "cluster_frequency", "random"] = Field(
-        default="critic", description="who says how good an unlabelled response is"
+    votes: Positive | None = Field(
+        default=None,
+        description="responses to an unlabelled prompt that vote, of which the first group_size train; none: those",
     )
+    entropy_band: tuple[Probability, Probability] | None = Field(
+        default=None,
+        description="unlabelled groups train only when the entropy of their answers, as a share of log(responses), is in between",
+    )
+    posterior: Posterior = Field(default="critic", description="who says how good an unlabelled response is")
+    clamp: bool = Field(default=True, description="the critic's outcomes are held within the range of its targets")
     train_policy_on_labelled: bool = Field(
         default=True, description="labelled rows join the M-step with the label as outcome"
+    )
+    noise_rate: NoiseRate = Field(
+        default=0.0,
+        description="how often verdicts on labelled responses are believed wrong; outcomes are corrected for it",
     )
     order: Literal["e_then_m", "lagged"] = Field(
         default="e_then_m", description="recalibrate before or after values are read"
     )
-    terminal: Literal["after_last_token", "last_prefix"] = "after_last_token"
+    terminal: Literal["after_last_token", "last_prefix"] = Field(
+        default="after_last_token",
+        description="where the critic is read as outcome; last_prefix: before the last token",
+    )
+
+    @property
+    def samples(self) -> int:
+        """Responses to each unlabelled prompt."""
+        return self.votes or self.group_size
+
+
+class AdaptiveRecipe(Strict):
+    """Recalibrate before estep.every iterations are over: when the critic judges fresh labelled responses worse than it did at the
+    first look after its last E-step, or when the policy has moved too far since."""
+
+    auroc_band: float | None = Field(default=None, ge=0, lt=1, description="its AUROC has fallen by more than this")
+    brier_band: float | None = Field(
+        default=None, ge=0, lt=1, description="its Brier score has risen by more than this"
+    )
+    kl_budget: float | None = Field(
+        default=None, gt=0, description="nats a response, of the policy at the last E-step against the present one"
+    )
+    kl_responses: Positive = Field(default=32, description="on so many labelled responses of the last E-step")
+
+    @property
+    def is_on(self) -> bool:
+        return (self.auroc_band, self.brier_band, self.kl_budget) != (None, None, None)
 
 
 class EStepRecipe(Strict):
     """Critic recalibration."""
 
     every: Count = Field(default=1, description="recalibrate every so many iterations; 0: never")
+    adaptive: AdaptiveRecipe = AdaptiveRecipe()
     epochs: Positive = 4
     minibatches: Positive = 2
     filter: Literal["none", "zero_variance"] = Field(
@@ -325,6 +383,17 @@ class EStepRecipe(Strict):
     optim: OptimRecipe = OptimRecipe()
 
 
+class GateRecipe(Strict):
+    """The policy waits, and the critic is recalibrated each iteration, while the critic judges fresh labelled responses worse."""
+
+    auroc_below: float | None = Field(default=None, gt=0, le=1)
+    brier_above: float | None = Field(default=None, ge=0, lt=1)
+
+    @property
+    def is_on(self) -> bool:
+        return (self.auroc_below, self.brier_above) != (None, None)
+
+
 class MStepRecipe(Strict):
     """Policy refinement."""
 
@@ -332,14 +401,21 @@ class MStepRecipe(Strict):
     clip_low: float = Field(default=3e-4, ge=0, lt=1)
     clip_high: float = Field(default=5e-4, ge=0)
     dual_clip: float | None = Field(default=None, gt=1)
-    aggregate: Literal["token_mean", "sequence_mean"] = "sequence_mean"
+    aggregate: Literal["token_mean", "sequence_mean", "fixed_denominator"] = Field(
+        default="sequence_mean",
+        description="of tokens, of sequences' means, or sums over rollout.max_new_tokens, whatever their lengths",
+    )
     entropy_coef: float = 0.0
     baseline: Literal["critic_prefix", "group_mean", "none"] = "critic_prefix"
-    normalise: Literal["whiten", "whiten_per_population", "scale_per_population", "group_std", "none"] = (
-        "whiten_per_population"
+    normalise: Literal[
+        "whiten", "whiten_per_population", "scale_per_population", "group_std", "self_normalise", "none"
+    ] = Field(
+        default="whiten_per_population",
+        description="self_normalise: outcomes become shares of their group's total, as in an exact E-step",
     )
     kl_coef: float = Field(default=0.0, ge=0, description="weight of KL(policy || reference); 0: no reference model")
     kl: Literal["k1", "k3"] = "k3"
+    gate: GateRecipe = GateRecipe()
     importance: Literal["none", "token", "sequence"] = Field(
         default="none", description="truncated correction for what sampler and trainer disagree on, or for staleness"
     )
@@ -390,7 +466,12 @@ class Recipe(Strict):
 
     @property
     def em_uses_critic(self) -> bool:
-        return self.em.posterior == "critic" or self.mstep.baseline == "critic_prefix"
+        return self.em.posterior in ("critic", "frozen_critic") or self.mstep.baseline == "critic_prefix"
+
+    @property
+    def keeps_frozen_critic(self) -> bool:
+        """Whether the critic that the EM loop begins with is kept beside the one that is recalibrated."""
+        return self.em.posterior == "frozen_critic" and self.estep.every > 0
 
     @property
     def uses_critic(self) -> bool:
@@ -405,4 +486,4 @@ class Recipe(Strict):
     def groups(self, labelled_share: float) -> tuple[int, int]:
         """Labelled and unlabelled prompts of one iteration."""
         labelled = round(self.em.rollouts * labelled_share)
-        return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.group_size
+        return labelled // self.em.labelled_group_size, (self.em.rollouts - labelled) // self.em.samples

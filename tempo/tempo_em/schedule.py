@@ -12,7 +12,7 @@ import torch
 from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
 from tempo_engine.errors import Halted
-from tempo_engine.metrics import auroc
+from tempo_engine.metrics import auroc, brier
 from tempo_engine.mismatch import mismatch
 from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
@@ -22,13 +22,15 @@ from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
-from tempo_kernels import advantage, group_advantage, split_values, whiten
+from tempo_kernels import advantage, group_advantage, moments, whiten
 from tempo_kernels.segments import segment_ids
 from torch import Tensor
 
 from tempo_em import posteriors
 from tempo_em.ahead import Ahead
 from tempo_em.asking import Asking, without_stale_groups
+from tempo_em.cadence import AUROC, BRIER, Cadence, Decision
+from tempo_em.posteriors import Oracle
 from tempo_em.recipe import Recipe
 from tempo_em.waiting import Sampled, Waiting
 
@@ -46,11 +48,12 @@ class Stage:
     recalibrates_every: int
     baseline: str
     normalise: str
+    is_watched: bool = False  # by `Cadence`: adaptive E-steps, a policy that may have to wait
 
     @property
     def reads_critic(self) -> bool:
         """Whether the M-step needs values: as outcome, or as baseline."""
-        return self.posterior == "critic" or self.baseline == "critic_prefix"
+        return self.posterior in ("critic", "frozen_critic") or self.baseline == "critic_prefix"
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,11 @@ class Scored:
 
 @dataclass
 class EMLoop:
-    """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak."""
+    """The parts an iteration works with. `unlabelled` yields Prompts: there is no label in reach of the M-step to leak, except
+    under posterior oracle, for which alone there is an `oracle`.
+
+    `frozen_critic`: the one that the EM loop began with, where it says the outcomes while `critic` is recalibrated.
+    """
 
     recipe: Recipe
     policy: Policy
@@ -81,16 +88,18 @@ class EMLoop:
     policy_update: PolicyUpdate
     critic_update: CriticUpdate
     clock: Clock
+    frozen_critic: Critic | None = None
+    oracle: Oracle | None = None
     waiting: Waiting | None = None
     note: Callable[[str], None] = lambda text: None
 
     def __post_init__(self) -> None:
         self.ahead = Ahead(self.recipe.rollout.ahead)
+        self.cadence = Cadence(self.recipe.estep, self.recipe.mstep.gate)
 
     def iterate(self, stage: Stage, iteration: int) -> dict[str, float]:
         """One EM iteration: sample from the policy, recalibrate the critic (E), refine the policy (M)."""
         key = f"{stage.name}/{iteration}"
-        recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
         with self.clock.time("rollout"):
             sampled = self.sample(stage, iteration)
         labelled, unlabelled, reward_S = sampled.labelled, sampled.unlabelled, torch.tensor(sampled.rewards)
@@ -98,12 +107,13 @@ class EMLoop:
         metrics |= {} if sampled.accuracy is None else {"critic/score/mean": sampled.accuracy}
         metrics |= {"rollout/responses": sampled.num_responses, "tokens/generated": sampled.num_tokens}
         scored = self.score(stage, labelled, unlabelled, iteration)
-        metrics |= scored.metrics
-        if recalibrates and self.recipe.em.order == "e_then_m":
+        decision = self.decide(stage, labelled, reward_S, iteration)
+        metrics |= scored.metrics | decision.metrics
+        if decision.recalibrates and self.recipe.em.order == "e_then_m":
             metrics |= self.e_step(labelled, reward_S, key)
-        if stage.improves_policy:
-            metrics |= self.m_step(stage, scored, labelled, reward_S, unlabelled, key)
-        if recalibrates and self.recipe.em.order == "lagged":
+        if stage.improves_policy and not decision.waits:
+            metrics |= self.m_step(stage, scored, sampled, key)
+        if decision.recalibrates and self.recipe.em.order == "lagged":
             metrics |= self.e_step(labelled, reward_S, key)
         return metrics
 
@@ -137,7 +147,8 @@ class EMLoop:
         labelled, rewards, accuracy = asking.labelled()
         unlabelled = asking.unlabelled()
         positions = {name: cursor.position for name, cursor in cursors.items()}
-        return Sampled(labelled, rewards, accuracy, unlabelled, asking.num_responses, asking.num_tokens, positions)
+        count = asking.num_responses, asking.num_tokens
+        return Sampled(labelled, rewards, accuracy, unlabelled, *count, positions, asking.beliefs)
 
     def ahead_of(self, stage: Stage, iteration: int) -> Sampled:
         """Sampled while earlier iterations trained. Groups older than the bound are left out: a server may have missed a sync."""
@@ -200,41 +211,59 @@ class EMLoop:
 
     # --- E and M ---
 
+    def decide(self, stage: Stage, labelled: list[Rollout], reward_S: Tensor, iteration: int) -> Decision:
+        """Whether to recalibrate, and whether the policy waits."""
+        if not stage.is_watched:
+            recalibrates = stage.recalibrates_every > 0 and iteration % stage.recalibrates_every == 0
+            return Decision(recalibrates, False, self.look(labelled, reward_S) if recalibrates else {})
+        if not labelled:  # the filter left none: nothing to look at, and nothing to fit
+            return Decision(False, self.cadence.waits, {})
+        budget = self.recipe.micro_batch_tokens
+        fresh = self.look(labelled, reward_S, with_brier=True)
+        decision = self.cadence.decide(fresh | self.cadence.drift(self.policy, budget))
+        for text in decision.notes:
+            self.note(f"iteration {iteration + 1}: {text}")
+        if decision.recalibrates:
+            self.cadence.drop_anchor(self.policy, labelled, budget)
+        return decision
+
+    def look(self, labelled: list[Rollout], reward_S: Tensor, *, with_brier: bool = False) -> dict[str, float]:
+        """How the critic judges fresh responses that it was never fitted to: how far it drifted since it was last calibrated."""
+        if self.critic is None or not labelled:
+            return {}
+        with self.clock.time("e_step"):
+            batch = pack(labelled, self.policy.device)
+            terminal_S = self.critic.terminal_values(self.values(batch), batch).cpu()
+        found = {AUROC: auroc(terminal_S.numpy(), reward_S.numpy())}
+        if with_brier:
+            low, high = self.recipe.critic.target_range
+            found[BRIER] = brier(((terminal_S - low) / (high - low)).clamp(0, 1).numpy(), reward_S.numpy())
+        return found
+
     def e_step(self, labelled: list[Rollout], reward_S: Tensor, key: str) -> dict[str, float]:
         """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
         if self.critic is None or self.critic_optimizer is None or not labelled:
             return {}
         with self.clock.time("e_step"):
             batch = pack(labelled, self.policy.device)
-            # Read before the fit, on responses it has never seen: how far the critic drifted since it was last calibrated.
-            _, terminal_S = split_values(self.values(batch), batch.cu_responses_S1)
-            return_S, seed = self.to_target(reward_S).to(self.policy.device), self.seed(key, "critic")
+            return_S, seed = self.label_outcome(reward_S).to(self.policy.device), self.seed(key, "critic")
             metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
         return metrics | {
-            "critic/auroc_fresh": auroc(terminal_S.cpu().numpy(), reward_S.numpy()),
             "critic/skipped_steps": self.critic_optimizer.num_skipped,
             "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
-    def m_step(
-        self,
-        stage: Stage,
-        scored: "Scored",
-        labelled: list[Rollout],
-        reward_S: Tensor,
-        unlabelled: list[Rollout],
-        key: str,
-    ) -> dict[str, float]:
+    def m_step(self, stage: Stage, scored: "Scored", sampled: Sampled, key: str) -> dict[str, float]:
         """Refine the policy along A_t = R - V(x, y_<t): R is the posterior's outcome, and on labelled rows the label."""
-        labelled = labelled if stage.trains_on_labelled else []
+        unlabelled, labelled = sampled.unlabelled, sampled.labelled if stage.trains_on_labelled else []
         batch, old_logprob_T = scored.batch, scored.old_logprob_T
         if batch is None or old_logprob_T is None:
             return {}
         with self.clock.time("values"):
             value_TS = self.values(batch) if stage.reads_critic else None
         outcome_S = torch.cat([
-            self.posterior(stage, unlabelled, value_TS, batch, key),
-            self.to_target(reward_S) if labelled else torch.empty(0),
+            self.posterior(stage, sampled, value_TS, batch),
+            self.label_outcome(torch.tensor(sampled.rewards)) if labelled else torch.empty(0),
         ]).to(self.policy.device)  # fmt: skip
         num_groups = len(unlabelled) // self.recipe.em.group_size
         group_S = torch.cat([
@@ -260,25 +289,26 @@ class EMLoop:
             "tokens/trained_policy": self.policy_update.epochs * int(batch.cu_responses_S1[-1]),
         }
 
-    def posterior(
-        self, stage: Stage, unlabelled: list[Rollout], value_TS: Tensor | None, batch: PackedBatch, key: str
-    ) -> Tensor:
+    def posterior(self, stage: Stage, sampled: Sampled, value_TS: Tensor | None, batch: PackedBatch) -> Tensor:
         """Outcome of each unlabelled response, [S]; these are the first rows of `batch`."""
-        if not unlabelled:
-            return torch.empty(0)
-        if stage.posterior == "critic":
-            assert value_TS is not None, "posterior critic without a critic"
-            baseline_T, terminal_S = split_values(value_TS, batch.cu_responses_S1)
-            if self.recipe.em.terminal == "last_prefix":
-                terminal_S = baseline_T[batch.cu_responses_S1[1:] - 1]
-            return posteriors.critic(terminal_S[: len(unlabelled)], self.recipe.critic.target_range).cpu()
-        if stage.posterior == "random":
-            return self.to_target(posteriors.coin_flip(len(unlabelled), f"{self.recipe.seed}/{key}"))
-        size = self.recipe.em.group_size
-        texts = [self.extract_unlabelled(r.text) for r in unlabelled]
-        answers = [texts[i : i + size] for i in range(0, len(texts), size)]
-        belief = posteriors.majority_vote if stage.posterior == "majority_vote" else posteriors.cluster_frequency
-        return self.to_target(belief(answers))
+        count = len(sampled.unlabelled)
+        if stage.posterior not in ("critic", "frozen_critic") or not count:
+            return self.to_target(torch.tensor(sampled.beliefs))
+        assert self.critic is not None
+        assert value_TS is not None, f"posterior {stage.posterior} without a critic"
+        is_frozen = stage.posterior == "frozen_critic" and self.frozen_critic is not None
+        judge, pessimism = self.frozen_critic if is_frozen else self.critic, self.recipe.critic.pessimism
+        if judge is not None and (is_frozen or pessimism):  # else its values are known
+            value_TS = judge.values(batch, self.recipe.micro_batch_tokens, pessimism=pessimism)
+        terminal_S = self.critic.terminal_values(value_TS, batch)[:count]
+        return (
+            posteriors.critic(terminal_S, self.recipe.critic.target_range) if self.recipe.em.clamp else terminal_S
+        ).cpu()
+
+    def freeze_critic(self) -> None:
+        """The EM loop begins: this is the critic that posterior frozen_critic keeps."""
+        if self.frozen_critic is not None and self.critic is not None:
+            self.frozen_critic.copy_from(self.critic)
 
     def values(self, batch: PackedBatch) -> Tensor:
         assert self.critic is not None
@@ -288,6 +318,10 @@ class EMLoop:
         """Rewards in {0, 1} on the scale the critic regresses on."""
         low, high = self.recipe.critic.target_range
         return low + (high - low) * reward_S
+
+    def label_outcome(self, reward_S: Tensor) -> Tensor:
+        """What verified responses are worth, in the E-step and in the M-step."""
+        return self.to_target(posteriors.denoised(reward_S, self.recipe.em.noise_rate))
 
     def seed(self, *names: Any) -> int:
         """A seed of its own for every occasion, so nothing depends on what was drawn before."""
@@ -308,6 +342,9 @@ def advantages(
     if stage.baseline == "critic_prefix":
         assert value_TS is not None, "baseline critic_prefix without a critic"
         advantage_T = advantage(outcome_S, value_TS, batch.cu_responses_S1)
+    elif stage.normalise == "self_normalise":
+        weight_S = posterior_weights(outcome_S, group_S) - float(stage.baseline == "group_mean")
+        advantage_T = weight_S.nan_to_num(0.0).float()[sequence_T]
     elif stage.baseline == "group_mean":
         advantage_T = group_advantage(outcome_S, group_S, divide_by_std=stage.normalise == "group_std")[sequence_T]
     else:
@@ -321,6 +358,17 @@ def advantages(
         population_T = is_labelled_S[sequence_T].long() * (stage.normalise != "whiten")
         advantage_T = whiten(advantage_T, population_T, center=stage.normalise != "scale_per_population")
     return advantage_T, metrics
+
+
+def posterior_weights(outcome_S: Tensor, group_S: Tensor) -> Tensor:
+    """G w_i, the weights w_i = R_i / sum_j R_j of an exact E-step over the G responses of each group, [S] float64; NaN in groups
+    without any outcome.
+
+    They restore the factor 1 / P(correct | x) of the posterior q(y | x) = pi(y | x) R / P(correct | x) (arXiv 2604.19295, eq. 5).
+    """
+    num_groups = int(group_S.max()) + 1 if len(group_S) else 0
+    mean_G = moments(outcome_S.double(), group_S, num_groups).mean_P
+    return outcome_S.double() / mean_G.masked_fill(mean_G <= 0, torch.nan)[group_S]
 
 
 def rollout_metrics(labelled: Sequence[Rollout], unlabelled: Sequence[Rollout], version: int) -> dict[str, float]:

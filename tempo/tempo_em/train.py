@@ -50,6 +50,10 @@ class Training:
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
         self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
+        if self.loop.oracle:
+            self.display.note(
+                "posterior oracle: answers of data.unlabelled reach training; an upper bound, not a method"
+            )
         self.stage, self.iteration, self.step = 0, 0, 0
         self.evaluations: dict[str, dict[str, dict[str, float]]] = {}
         self.tokens = {"generated": 0, "trained": 0, "em_generated": 0, "evaluation": 0}
@@ -165,6 +169,8 @@ class Training:
         """`base` is the policy before any reinforcement, `start` the one the EM loop begins with."""
         if stage != "cold_start" and "base" not in self.evaluations:
             self._evaluate("base", with_critic=False)
+        if stage == "em" and self.iteration == 0:
+            self.loop.freeze_critic()
         if stage == "em" and "start" not in self.evaluations:
             self._evaluate("start")
             # Kept for runs of other methods that shall begin at the same point (--start).
@@ -259,6 +265,10 @@ class Training:
                 (n, x) for n, x in named_weights(loop.critic.scope).items() if not isinstance(x, torch.nn.Parameter)
             ]
             weights["critic"] = [*loop.critic.parameters(), *buffers]
+            if loop.frozen_critic:
+                names = {name for name, _ in weights["critic"]}
+                frozen = named_weights(loop.frozen_critic.scope).items()
+                weights["frozen_critic"] = [(name, x) for name, x in frozen if name in names]
         return weights
 
     def _optimizers(self) -> dict[str, Optimizer]:
@@ -280,6 +290,7 @@ class Training:
             "iteration": self.iteration,
             "step": self.step,
             "policy_version": self.loop.policy.version,
+            "cadence": self.loop.cadence.state(),
             "cursors": {"labelled": self.loop.labelled.position, "unlabelled": self.loop.unlabelled.position},
             "evaluations": self.evaluations,
             "tokens": self.tokens,
@@ -299,12 +310,14 @@ class Training:
         self.evaluations, self.tokens, self.earlier_seconds = state["evaluations"], state["tokens"], state["seconds"]
         loop.labelled.position, loop.unlabelled.position = state["cursors"]["labelled"], state["cursors"]["unlabelled"]
         loop.policy.version = state["policy_version"]
+        if "cadence" in state:
+            loop.cadence.load_state(state["cadence"])
         weights = {f"{owner}/{name}": p for owner, named in self._weights().items() for name, p in named}
         missing = {name.split("/")[0] for name in weights.keys() - checkpoint.load_tensors(saved, dict(weights))}
         if loop.reference and "reference" in missing:  # where another run began without one, so does this one's KL
             copy_weights(loop.reference.model, loop.policy.model)
-        if missing - {"reference"}:
-            owner = min(missing - {"reference"})
+        if missing - {"reference", "frozen_critic"}:  # the latter is copied when the EM loop begins
+            owner = min(missing - {"reference", "frozen_critic"})
             raise UserError(f"the saved state has no {owner}; start from a run of a method that has one")
         for owner, optimizer in self._optimizers().items():
             into = {f"{owner}/{name}": tensor for name, tensor in optimizer.blank_state().items()}

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ class Sampled:
     """What one iteration sampled: labelled responses with their verified rewards in {0, 1}, and unlabelled ones.
 
     `accuracy` is that of all labelled responses, kept or not (None: there were none). `num_responses` and `num_tokens` count what
-    was sampled, kept or not, `cursors` are the positions in the data after it.
+    was sampled, kept or not, `cursors` are the positions in the data after it. `beliefs` are the outcomes in [0, 1] of the
+    unlabelled responses, where their answers tell them; none where the critic does.
     """
 
     labelled: list[Rollout]
@@ -27,6 +28,7 @@ class Sampled:
     num_responses: int
     num_tokens: int
     cursors: dict[str, int]
+    beliefs: list[float] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         lists = {"labelled": [r.to_json() for r in self.labelled], "unlabelled": [r.to_json() for r in self.unlabelled]}

@@ -189,6 +189,26 @@ def test_a_critic_on_the_policys_trunk_gets_its_head_back_and_leaves_the_policy_
     assert torch.equal(logits(policy), before)
 
 
+@torch.no_grad()
+def test_several_heads_are_exported_as_their_mean_by_the_run_and_from_its_checkpoint(
+    make_policy: MakePolicy, tmp_path: Path
+) -> None:
+    policy = make_policy()
+    critic = Critic(policy, backbone="separate", kind="linear", heads=3)
+    torch.manual_seed(0)
+    for parameter in critic.head.parameters():
+        parameter.normal_()
+    hidden = critic.trunk(input_ids=IDS).last_hidden_state
+    mean = torch.stack(
+        [hidden @ w + b for w, b in zip(critic.head.weight.view(3, -1), critic.head.bias, strict=True)]
+    ).mean(0)
+    export.export_critic(critic, TOKENIZER, tmp_path / "critic")
+    assert torch.allclose(exported_values(tmp_path / "critic"), mean, atol=1e-5)
+    path = saved(tmp_path, policy, critic)
+    export.export_checkpoint(path, tmp_path / "model", tmp_path / "out", dtype=torch.float32)
+    assert torch.allclose(exported_values(tmp_path / "out" / "critic"), mean, atol=1e-5)
+
+
 def test_a_policys_directory_is_no_critic(make_policy: MakePolicy, tmp_path: Path) -> None:
     policy = make_policy()
     export.export_policy(policy, TOKENIZER, tmp_path / "policy")

@@ -87,13 +87,30 @@ def test_a_separate_critic_shares_no_memory_with_the_policy(make_policy: MakePol
     assert not policy_memory & {p.data_ptr() for _, p in critic.parameters()}
 
 
+def test_an_ensembles_values_are_the_mean_of_its_heads_less_what_they_disagree(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    """Heads without weights and with biases 0, 1 and 5: mean 2, standard deviation sqrt 7."""
+    policy, batch = make_policy(), pack(make_rollouts(LENGTHS))
+    critic = Critic(policy, backbone="separate", kind="linear", heads=3)
+    assert critic.head.weight[:32].count_nonzero() == 0, "the first begins as a single one would"
+    assert critic.values(batch, 20, pessimism=1.0).std() > 0, "the others differ"
+    critic.head.weight.data.zero_()
+    critic.head.bias.data.copy_(torch.tensor([0.0, 1.0, 5.0]))
+    assert torch.allclose(critic.values(batch, 20), torch.tensor(2.0))
+    assert torch.allclose(critic.values(batch, 20, pessimism=0.5), torch.tensor(2.0 - 0.5 * 7**0.5))
+    again = critic.frozen_copy()
+    assert torch.equal(again.values(batch, 20, pessimism=0.5), critic.values(batch, 20, pessimism=0.5))
+
+
 def test_a_shared_critic_trains_its_head_and_never_the_policys_trunk(
     make_policy: MakePolicy, make_rollouts: MakeRollouts
 ) -> None:
     policy = make_policy()
     critic = critic_of(policy, "shared")
     assert [name for name, _ in critic.parameters()] == ["head.weight", "head.bias"]
-    critic.read(pack(make_rollouts(LENGTHS)), lambda *parts: value_head(*parts, head="linear")).sum().backward()
+    (value_TS,) = critic.read(pack(make_rollouts(LENGTHS)), lambda *parts: value_head(*parts, head="linear"))
+    value_TS.sum().backward()
     assert critic.head.weight.grad is not None
     assert all(p.grad is None for p in policy.model.parameters())
 

@@ -92,12 +92,15 @@ def test_policy_gradients_do_not_depend_on_micro_batches(
         assert torch.allclose(found[0], other, rtol=1e-4, atol=1e-6)
 
 
-def test_critic_gradients_do_not_depend_on_micro_batches(make_policy: MakePolicy, make_rollouts: MakeRollouts) -> None:
+@pytest.mark.parametrize("heads", [1, 3])
+def test_critic_gradients_do_not_depend_on_micro_batches(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts, heads: int
+) -> None:
     """I4: the release divides by the rows of a micro-batch; here only the minibatch's counts matter."""
     batch, return_S = pack(make_rollouts(LENGTHS)), torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
     found = []
     for tokens in (10_000, 20, 1):
-        critic = Critic(make_policy(), backbone="separate", kind="linear")
+        critic = Critic(make_policy(), backbone="separate", kind="linear", heads=heads)
         how = critic_update(micro_batch_tokens=tokens)
         found.append(
             gradients(critic.parameters(), lambda o, c=critic, h=how: fit_critic(c, o, batch, return_S, h, seed=0))
@@ -116,6 +119,26 @@ def test_the_critics_loss_is_the_mean_over_sequences_of_their_means(
     optimizer = Optimizer(critic.parameters(), lr=0.0)
     metrics = fit_critic(critic, optimizer, batch, torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0]), critic_update(), seed=0)
     assert metrics["critic/vf_loss"] == pytest.approx(0.5 * 2 / 5)
+
+
+def test_heads_fitted_alike_come_to_agree_on_what_they_were_fitted_to(
+    make_policy: MakePolicy, make_rollouts: MakeRollouts
+) -> None:
+    batch, other = pack(make_rollouts(LENGTHS)), pack(make_rollouts(LENGTHS, seed=1))
+    critic = Critic(make_policy(), backbone="separate", kind="linear", heads=4)
+    return_S = torch.tensor([1.0, 0.0, 1.0, 0.0, 1.0])
+
+    def disagreement(batch: PackedBatch) -> float:
+        return float((critic.values(batch, 100) - critic.values(batch, 100, pessimism=1.0)).mean())
+
+    before = disagreement(batch)
+    metrics = fit_critic(
+        critic, Optimizer(critic.parameters(), lr=1e-2), batch, return_S, critic_update(epochs=60), seed=0
+    )
+    assert before > 0.5
+    assert disagreement(batch) < 0.3 * before
+    assert disagreement(batch) < 0.5 * disagreement(other)
+    assert metrics["critic/return_mean"] == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(("head", "loss"), [("linear", "mse"), ("sigmoid", "mse"), ("sigmoid", "bce")])

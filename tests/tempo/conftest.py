@@ -34,7 +34,8 @@ def prepare(tmp_path: Path, started: Path) -> Callable[..., Training]:
     def make(*settings: str) -> Training:
         nonlocal count
         count += 1
-        is_fresh = any(setting.startswith(START_MUST_SHARE) for setting in settings)
+        origin = load_recipe("tiny", [*FAST, *settings]).origin
+        is_fresh = any(source != "file" and path.startswith(START_MUST_SHARE) for path, source in origin.items())
         resolved = load_recipe("tiny", [*FAST, *(("cold_start.steps=20",) if is_fresh else ()), *settings])
         start_from = None if is_fresh else started
         return Training(resolved, tmp_path / f"run{count}", PlainDisplay(), resume=False, start_from=start_from)

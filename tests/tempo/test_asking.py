@@ -10,6 +10,7 @@ import pytest
 from tempo_em.asking import MAX_REFILLS, Asking, without_stale_groups
 from tempo_em.build import stages_of
 from tempo_em.loading import load_recipe
+from tempo_em.posteriors import is_mislabelled
 from tempo_em.schedule import EMLoop
 from tempo_em.waiting import Sampled
 from tempo_engine.cursor import Cursor
@@ -76,6 +77,25 @@ def different_answers(key: str, number: int, sample: int) -> str:
     return str(sample)
 
 
+def cluster_of_two(key: str, number: int, sample: int) -> str:
+    """The first prompt's answers all differ; those of the second are 0 0 1 2 3 4 5 6."""
+    return str(sample) if number == 0 else str(max(sample - 1, 0))
+
+
+# --- Labels that lie ---------------------------------------------------------------------------------------------------------
+
+
+def test_mislabelled_questions_have_every_verdict_turned_round() -> None:
+    """The first sample of each prompt is right. Where the question is mislabelled it is the second one that passes for right."""
+    asks, _ = asking(right_at(0), "data.label_noise=0.4")
+    rollouts, rewards, accuracy = asks.labelled()
+    lies = [is_mislabelled(r.prompt.id, 0.4, 0) for r in rollouts]
+    assert any(lies)
+    assert not all(lies)
+    assert rewards == [float((i % 2 == 0) != lie) for i, lie in enumerate(lies)]
+    assert accuracy == 0.5
+
+
 # --- Unlabelled --------------------------------------------------------------------------------------------------------------
 
 
@@ -86,6 +106,24 @@ def test_responses_are_asked_for_once_and_all_kept() -> None:
     assert sampler.asked == [("em/3/unlabelled", ids, 4)]
     assert [r.prompt.id for r in rollouts] == [i for i in ids for _ in range(4)]
     assert (asks.num_responses, asks.num_tokens, asks.cursors["unlabelled"].position) == (8, 24, 2)
+
+
+def test_more_responses_vote_than_are_trained_on() -> None:
+    """Of eight responses to each prompt four are kept, with outcomes that all eight decided."""
+    asks, sampler = asking(cluster_of_two, "method=empo", "em.labelled_share=0.5", "em.votes=8", "em.rollouts=32")
+    rollouts = asks.unlabelled()
+    assert [size for _, _, size in sampler.asked] == [8]
+    assert [r.text for r in rollouts] == ["0", "1", "2", "3", "0", "0", "1", "2"]
+    assert asks.beliefs == [1 / 8] * 4 + [2 / 8] * 2 + [1 / 8] * 2
+    assert asks.num_responses == 16, "voters were sampled too"
+
+
+def test_groups_outside_the_entropy_band_are_left_out() -> None:
+    asks, sampler = asking(cluster_of_two, "em.entropy_band=[0, 1]", "em.posterior=cluster_frequency")
+    rollouts = asks.unlabelled()
+    assert [r.text for r in rollouts] == ["0", "0", "1", "2"]
+    assert asks.beliefs == [0.5, 0.5, 0.25, 0.25]
+    assert len(sampler.asked) == 1, "and not replaced without dynamic sampling"
 
 
 def test_a_set_whose_groups_all_agree_ends_dynamic_sampling_after_ten_times() -> None:

@@ -136,7 +136,7 @@ class Layout:
         """None when the method needs no critic. On a shared backbone it is a value head."""
         if not self.recipe.uses_critic:
             return None
-        shape, head = self.shape, self.shape.hidden_size + 1
+        shape, head = self.shape, (self.shape.hidden_size + 1) * self.recipe.critic.heads
         if self.recipe.critic.backbone == "shared":
             return Network(0, Group(0, 0), None, Group(0, 0), head)
         return Network(
@@ -173,8 +173,13 @@ class Layout:
         return self.recipe.groups(self.recipe.em.labelled_share)[1] * self.recipe.em.group_size
 
     @property
+    def voting_rows(self) -> int:
+        """Unlabelled responses that are sampled: those that are trained on, and those that only vote."""
+        return self.unlabelled_rows // self.recipe.em.group_size * self.recipe.em.samples
+
+    @property
     def sampled_rows(self) -> int:
-        return self.labelled_rows + self.unlabelled_rows
+        return self.labelled_rows + self.voting_rows
 
     @property
     def policy_rows(self) -> int:

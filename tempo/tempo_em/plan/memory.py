@@ -54,6 +54,8 @@ def held_shards(layout: Layout) -> Items:
         "weights": sum(each * network.size + layout.storage * network.head for network in networks),
         "optimiser": sum(2 * (each * network.trained + layout.storage * network.head) for network in networks),
     }
+    if layout.recipe.keeps_frozen_critic and layout.critic:
+        items["frozen critic"] = each * layout.critic.size + layout.storage * layout.critic.head
     return items | ({"reference": each * layout.policy.size} if layout.has_reference else {})
 
 

@@ -52,7 +52,7 @@ def sampling(layout: Layout) -> Sampling:
 def most_running(layout: Layout) -> int:
     """How many sequences the engine's own sampler can decode at a time in what is usable: whole groups, 0 when not even one."""
     room = layout.machine.usable
-    group, most = layout.recipe.em.group_size, _waiting(layout)
+    group, most = layout.recipe.em.samples, _waiting(layout)
     fitting = [R for R in range(group, most + group, group) if _local_memory(layout, R).peak.total <= room]
     return max(fitting, default=0)
 
@@ -60,12 +60,12 @@ def most_running(layout: Layout) -> int:
 def _waiting(layout: Layout) -> int:
     """Responses of one rank in the larger of the two calls, on labelled and on unlabelled prompts; whole groups."""
     em = layout.recipe.em
-    calls = [(layout.labelled_rows, em.labelled_group_size), (layout.unlabelled_rows, em.group_size)]
+    calls = [(layout.labelled_rows, em.labelled_group_size), (layout.voting_rows, em.samples)]
     return max(math.ceil(rows / group / layout.world) * group for rows, group in calls)
 
 
 def _local(layout: Layout) -> Sampling:
-    R = max(min(max(layout.recipe.rollout.max_running, layout.recipe.em.group_size), _waiting(layout)), 1)
+    R = max(min(max(layout.recipe.rollout.max_running, layout.recipe.em.samples), _waiting(layout)), 1)
     per_token = 2.0 * layout.compute * layout.shape.kv_size * layout.shape.num_layers
     weights = float(layout.compute * layout.policy.size)
     return Sampling(_local_memory(layout, R), True, 1, layout.world, R, per_token, weights)
@@ -84,7 +84,7 @@ def _local_memory(layout: Layout, R: int) -> PhaseMemory:
     always = resident(layout) | {"sampler": float(R * M * TOKEN_BYTES + max(R, _waiting(layout)) * M * WAITING_BYTES)}
     if layout.is_sharded:
         always |= {"gathered weights": float(c * layout.policy.size)}
-    prompts = prefill * math.ceil(R / recipe.em.group_size) * layout.prompt_tokens
+    prompts = prefill * math.ceil(R / recipe.em.samples) * layout.prompt_tokens
     kv = 2.0 * c * shape.kv_size * R
     decoding = kv * cached + R * L * c * (shape.kv_size + repeated)
     return PhaseMemory(
@@ -99,7 +99,7 @@ def _local_memory(layout: Layout, R: int) -> PhaseMemory:
 
 
 def _served(layout: Layout) -> Sampling:
-    shape, group = layout.shape, layout.recipe.em.group_size
+    shape, group = layout.shape, layout.recipe.em.samples
     weights = SERVED_BYTES * shape.total
     # Sliding windows are not counted on: whether a server frees what lies behind them depends on its version.
     per_token = 2.0 * SERVED_BYTES * shape.kv_size * shape.num_layers
