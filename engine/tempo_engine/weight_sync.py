@@ -33,7 +33,7 @@ from tempo_engine.sglang.client import Refused
 from tempo_engine.sglang.fleet import Fleet, on_all
 from tempo_engine.sglang.probe import Probe
 from tempo_engine.sglang.receipt import Receipt
-from tempo_engine.sglang.server import LOOPBACK, Server, free_port
+from tempo_engine.sglang.server import LOOPBACK, Server, free_port, from_disk
 from tempo_engine.weights import save_config, whole_weights
 
 SyncPath = Literal["disk", "distributed", "tensor"]
@@ -147,7 +147,7 @@ class WeightSync:
             if self.interrupts:
                 self._all(servers, "/pause_generation", {"mode": "retract"})
             if folder:
-                self._all(servers, "/update_weights_from_disk", _from_disk(folder) | self._how(version))
+                self._all(servers, "/update_weights_from_disk", from_disk(folder, version) | self._how(version))
             else:
                 self._send_buckets(fleet, servers, version, buckets)
             wrong = fleet.run(self._what_is_wrong(fleet, servers, probe))
@@ -292,10 +292,6 @@ def _process_group(backend: str, host: str, port: int, size: int, name: str, sec
     )
     c10d._world.pg_group_ranks[group] = {i: i for i in range(size)}
     return group
-
-
-def _from_disk(folder: Path) -> dict[str, Any]:
-    return {"model_path": str(folder.resolve()), "load_format": "auto"}  # a server that began blank would load nothing
 
 
 def _own_address(url: str) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from tempo_engine.errors import Halted, UserError
 from tempo_engine.sglang.client import Refused, Unreachable
-from tempo_engine.sglang.server import LOOPBACKS, Server, ServerOptions
+from tempo_engine.sglang.server import LOOPBACKS, Server, ServerOptions, from_disk
 
 T = TypeVar("T")
 # Between looks at servers that seem well. Processes that have ended are found sooner, by the requests they owe.
@@ -336,8 +336,8 @@ class Fleet:
         """Give it the current weights, if it has others, and requests."""
         while server.version != self.version:
             weights, version = await self._weights_on_disk()
-            update = {"model_path": str(weights.resolve()), "load_format": "auto", "weight_version": str(version)}
-            await server.client.post("/update_weights_from_disk", update, seconds=self.patience.update)
+            update, seconds = from_disk(weights, version), self.patience.update
+            await server.client.post("/update_weights_from_disk", update, seconds=seconds)
             server.version = version
         server.suspect.clear()
         server.is_live = True

@@ -130,6 +130,11 @@ class Server:
             self.process = None
 
 
+def from_disk(folder: Path, version: int) -> dict[str, Any]:
+    """The update that reads this folder. Without a format, a server that began blank would load nothing."""
+    return {"model_path": str(folder.resolve()), "load_format": "auto", "weight_version": str(version)}
+
+
 def end(process: subprocess.Popen[bytes]) -> None:
     """Close a guardian's standard input, upon which it kills what it guards, and wait for it."""
     assert process.stdin is not None
