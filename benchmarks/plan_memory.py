@@ -153,6 +153,7 @@ def measure(case: str) -> None:
     if parallel.is_main():
         print(json.dumps(found))
     parallel.stop()
+    parallel.leave()
 
 
 def _status(name: str) -> int:

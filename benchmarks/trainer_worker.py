@@ -80,3 +80,4 @@ def main(kind: str, *arguments: str) -> None:
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    parallel.leave()

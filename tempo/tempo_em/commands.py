@@ -45,6 +45,10 @@ def _exit_codes(command: Callable[P, int | None]) -> Callable[P, int]:
         report_exit_code(code)
         if code and is_rank() and os.environ.get("RANK") != "0":
             time.sleep(3)  # the first rank to fail takes the others with it: let rank 0 speak first
+        if is_rank():
+            from tempo_engine import parallel
+
+            parallel.leave(code)
         return code
 
     return wrapped
