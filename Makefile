@@ -36,7 +36,7 @@ bench-sampler: $(STAMP)
 	$(BIN)/python benchmarks/sampler.py
 
 compare: $(STAMP)
-	$(BIN)/python benchmarks/quickstart.py
+	$(BIN)/tempo-engine compare paper-mini --into benchmarks/RESULTS.md
 
 clean:
 	rm -rf .venv runs

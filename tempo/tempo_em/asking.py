@@ -85,7 +85,7 @@ class Asking:
             if len(rollouts) >= wanted or not em.dynamic_sampling:
                 break
         if self.stage.posterior == "random":
-            self.beliefs = posteriors.coin_flip(len(rollouts), f"{self.loop.recipe.seed}/{self.key}").tolist()
+            self.beliefs = posteriors.coin_flip(len(rollouts), f"{self.loop.recipe.loop_seed}/{self.key}").tolist()
         self.beliefs = self.beliefs[:wanted]
         return rollouts[:wanted]
 

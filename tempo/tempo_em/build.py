@@ -23,6 +23,7 @@ from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
+from tempo_engine.tasks.swaps import Swaps
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
@@ -37,7 +38,7 @@ from tempo_engine.weights import (
 
 from tempo_em.cold_start import ColdStart
 from tempo_em.posteriors import Oracle
-from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source
+from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
 
@@ -102,7 +103,7 @@ def build(recipe: Recipe) -> Parts:
         reference=policy.frozen_copy() if recipe.mstep.kl_coef else None,
         sampler=sampler,
         labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
-        unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.seed}/unlabelled"),
+        unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.loop_seed}/unlabelled"),
         extract_labelled=datasets["labelled"].extract,
         extract_unlabelled=datasets["unlabelled"].extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
@@ -161,7 +162,10 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
         "unlabelled": (recipe.data.unlabelled, "unlabelled"),
         **{f"evaluation.{name}": (source, "heldout") for name, source in recipe.data.evaluation.items()},
     }
-    datasets = {name: _dataset(source, split, recipe.seed, f"data.{name}") for name, (source, split) in sources.items()}
+    datasets = {
+        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}")
+        for name, (source, split) in sources.items()
+    }
     for name in datasets:
         if name.startswith("evaluation.") or name == "labelled":
             unanswered = next((q for q in datasets[name].questions if not q.answers), None)
@@ -183,6 +187,8 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)
+    elif isinstance(source, SwapsSource):
+        generator = Swaps(source.terms, source.unique)
     else:
         generator = Sums(source.terms, source.largest)
     return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
@@ -256,7 +262,7 @@ def _sampler(recipe: Recipe, policy: Policy, tokenizer: Any) -> Sampler:
     how = recipe.rollout
     options: dict[str, Any] = {
         "stop_ids": stop_ids(policy, tokenizer), "decode": decoder(tokenizer), "max_new_tokens": how.max_new_tokens,
-        "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "seed": recipe.seed,
+        "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "seed": recipe.loop_seed,
     }  # fmt: skip
     if how.backend == "local":
         return LocalSampler(**options, max_running=how.max_running)

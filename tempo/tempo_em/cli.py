@@ -1,4 +1,4 @@
-"""tempo-engine: train, eval, recipes, export, plan, doctor, bench. Imports torch only inside the commands: --help is quick."""
+"""tempo-engine: train, compare, eval, recipes, export, plan, doctor, bench. Only commands import torch: --help is quick."""
 
 import sys
 from pathlib import Path
@@ -46,6 +46,23 @@ def train(
     from tempo_em.commands import train_command
 
     raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run, nproc))
+
+
+@app.command()
+def compare(
+    comparison: Annotated[str, typer.Argument(help="Path of a comparison.yaml, or the name of a packaged comparison.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of its runs; default runs/NAME. What is finished there stays.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, one thread each.")] = 2,
+    into: Annotated[
+        Path | None, typer.Option(help="Also put tables and figure into this Markdown file, between its marks.")
+    ] = None,
+) -> None:
+    """Run methods against each other, from one start and with equal work, over bases and seeds; tables and curves."""
+    from tempo_em.commands import compare_command
+
+    raise typer.Exit(compare_command(comparison, out, jobs, into))
 
 
 @app.command(name="eval")

@@ -96,6 +96,14 @@ def train_command(
     return None
 
 
+@_exit_codes
+def compare_command(comparison: str, out: Path | None, jobs: int, into: Path | None) -> None:
+    from tempo_em.compare.command import compare
+
+    folder = compare(comparison, out, jobs, into, lambda line: print(line, flush=True))
+    Console().print(f"tables, curves and every number are in {folder}", soft_wrap=True)
+
+
 def _dry_run(resolved: ResolvedRecipe) -> None:
     from tempo_em.plan.preflight import before_training
 

@@ -48,7 +48,8 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _read_yaml(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """What YAML text says. Raises yaml.YAMLError."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
@@ -78,7 +79,7 @@ def load_recipe(where: str, settings: list[str], overrides: list[tuple[str, Any]
             f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}"
         )
     try:
-        from_file = _read_yaml(text)
+        from_file = parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(from_file, dict):
@@ -119,7 +120,7 @@ def parse_setting(setting: str) -> tuple[str, Any]:
     if not equals or not all(path.split(".")):
         raise UserError(f"--set wants a.b=value, got {setting!r}")
     try:
-        return path.strip().replace("-", "_"), _read_yaml(text)
+        return path.strip().replace("-", "_"), parse_yaml(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {setting!r}: the value is not valid YAML") from error
 
@@ -129,12 +130,7 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
     for key, value in over.items():
         path = f"{prefix}{key}"
         old = under.get(key)
-        changes_kind = (
-            isinstance(value, dict)
-            and isinstance(old, dict)
-            and ("jsonl" in value) != ("jsonl" in old)
-            and prefix.startswith("data.")
-        )
+        changes_kind = prefix.startswith("data.") and _kind(value) not in (None, _kind(old))
         if isinstance(value, dict) and isinstance(old, dict) and not changes_kind:
             _lay(old, value, source, origin, f"{path}.")
         elif isinstance(value, dict):
@@ -143,6 +139,13 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
         else:
             under[key] = value
             origin[path] = source
+
+
+def _kind(source: Any) -> str | None:
+    """The kind of a source of questions; None when this does not say."""
+    if not isinstance(source, dict):
+        return None
+    return "jsonl" if "jsonl" in source else source.get("generator")
 
 
 def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> Recipe:
@@ -167,7 +170,7 @@ def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> 
 
 def _explain(error: ErrorDetails) -> str:
     """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
-    tags = {"signs", "sums", "jsonl"}
+    tags = {"signs", "swaps", "sums", "jsonl"}
     loc = [str(part) for part in error["loc"]]
     # pydantic puts the union's tag into the location after the source's name; the user never wrote it.
     loc = [part for i, part in enumerate(loc) if not (part in tags and i >= 2 and loc[0] == "data")]
@@ -177,7 +180,7 @@ def _explain(error: ErrorDetails) -> str:
         parent = ".".join(loc[:-1])
         return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
     if error["type"] == "union_tag_invalid":
-        return f"{path}: the generator is not known; generators: signs, sums (or give jsonl: FILE)"
+        return f"{path}: the generator is not known; generators: signs, swaps, sums (or give jsonl: FILE)"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{path} is missing; the recipe needs it"
@@ -222,6 +225,10 @@ def _annotated(value: Any, origin: dict[str, str], path: str, depth: int) -> lis
         if isinstance(item, dict) and item and not any(p == here for p in origin):
             lines += ["  " * depth + f"{key}:", *_annotated(item, origin, here, depth + 1)]
         else:
-            flow = yaml.safe_dump(item, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
-            lines.append("  " * depth + f"{key}: {flow}  # {origin.get(here, 'default')}")
+            lines.append("  " * depth + f"{key}: {yaml_word(item)}  # {origin.get(here, 'default')}")
     return lines
+
+
+def yaml_word(value: Any) -> str:
+    """A value in one line of YAML."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

@@ -148,6 +148,15 @@ class SignsSource(Strict):
     unique: bool = Field(default=False, description="only questions with exactly one right answer")
 
 
+class SwapsSource(Strict):
+    """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
+
+    generator: Literal["swaps"]
+    count: Positive
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
+    unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
+
+
 class SumsSource(Strict):
     """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
 
@@ -175,7 +184,10 @@ def _source_tag(value: Any) -> str:
 
 
 Source = Annotated[
-    Annotated[SignsSource, Tag("signs")] | Annotated[SumsSource, Tag("sums")] | Annotated[JsonlSource, Tag("jsonl")],
+    Annotated[SignsSource, Tag("signs")]
+    | Annotated[SwapsSource, Tag("swaps")]
+    | Annotated[SumsSource, Tag("sums")]
+    | Annotated[JsonlSource, Tag("jsonl")],
     Discriminator(_source_tag),
 ]
 
@@ -308,6 +320,10 @@ class InitialisationRecipe(Strict):
 class EMRecipe(Strict):
     """The schedule of the EM loop."""
 
+    seed: Count | None = Field(
+        default=None,
+        description="draws other unlabelled and held-out questions and other responses for one cold start and critic; none: seed",
+    )
     iterations: Count = 100
     rollouts: Positive = Field(
         default=512, description="responses sampled an iteration, labelled and unlabelled together"
@@ -463,6 +479,11 @@ class Recipe(Strict):
     mstep: MStepRecipe = MStepRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+
+    @property
+    def loop_seed(self) -> int:
+        """Seed of what is sampled, and of the questions that a start shared by several runs need not share."""
+        return self.seed if self.em.seed is None else self.em.seed
 
     @property
     def em_uses_critic(self) -> bool:

@@ -56,6 +56,12 @@ def check_start(recipe: Recipe, start_from: Path) -> None:
     parallel.from_main(lambda: check_same_recipe(recipe, start_from, lambda path: path.startswith(START_MUST_SHARE)))
 
 
+def has_other_questions(recipe: Recipe, start_from: Path) -> bool:
+    """Whether a run that begins where that one's loop began has unlabelled and held-out questions of its own."""
+    saved = yaml.safe_load((start_from / "recipe.yaml").read_text(encoding="utf-8"))
+    return recipe.loop_seed != (saved["seed"] if saved["em"].get("seed") is None else saved["em"]["seed"])
+
+
 def check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], bool]) -> None:
     """Raises UserError naming the first setting that matters and differs from the run's."""
     file = run_dir / "recipe.yaml"

@@ -325,7 +325,7 @@ class EMLoop:
 
     def seed(self, *names: Any) -> int:
         """A seed of its own for every occasion, so nothing depends on what was drawn before."""
-        text = "/".join(map(str, (self.recipe.seed, *names)))
+        text = "/".join(map(str, (self.recipe.loop_seed, *names)))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
 
 

@@ -22,7 +22,7 @@ from tempo_em.build import Parts, build
 from tempo_em.console import Display, Silence, evaluation_line
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
-from tempo_em.run_folder import Lock, begin_folder, check_start, may_resume
+from tempo_em.run_folder import Lock, begin_folder, check_start, has_other_questions, may_resume
 from tempo_em.schedule import Stage
 from tempo_em.waiting import Waiting
 
@@ -71,6 +71,8 @@ class Training:
         if source:
             saved = checkpoint.newest(source, self.display.note)
             self._restore(saved)
+            if not resumes and has_other_questions(self.recipe, start_from):
+                self.evaluations.clear()
             self.display.note(f"{'resuming' if resumes else 'starting'} from {saved}")
         if resumes:
             self.loop.waiting.find()
@@ -167,7 +169,7 @@ class Training:
 
     def _evaluate_at_start(self, stage: str) -> None:
         """`base` is the policy before any reinforcement, `start` the one the EM loop begins with."""
-        if stage != "cold_start" and "base" not in self.evaluations:
+        if stage == "critic_warmup" and "base" not in self.evaluations:
             self._evaluate("base", with_critic=False)
         if stage == "em" and self.iteration == 0:
             self.loop.freeze_critic()

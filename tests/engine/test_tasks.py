@@ -13,6 +13,7 @@ from tempo_engine.tasks.answers import score
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions, split_of
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
+from tempo_engine.tasks.swaps import Swaps
 
 SPLITS: tuple[Split, ...] = ("labelled", "unlabelled", "heldout")
 GENERATORS: dict[str, Generator] = {
@@ -21,6 +22,8 @@ GENERATORS: dict[str, Generator] = {
     "unique signs": Signs(terms=(4,), largest=9, unique=True),
     "sums": Sums(terms=(2, 4), largest=99),
     "sums of 0 and 1": Sums(terms=(2,), largest=1),
+    "swaps": Swaps(terms=(2, 3, 5)),
+    "unique swaps": Swaps(terms=(4,), unique=True),
 }
 SIGNS = {name: generator for name, generator in GENERATORS.items() if isinstance(generator, Signs)}
 SUMS = {name: generator for name, generator in GENERATORS.items() if isinstance(generator, Sums)}

@@ -42,6 +42,18 @@ def test_an_unknown_key_of_a_source_names_that_sources_options() -> None:
     assert "largest" in message
 
 
+def test_an_unknown_generator_is_answered_with_those_there_are() -> None:
+    data = {**MINIMAL["data"], "unlabelled": {"generator": "swap", "count": 4}}
+    assert "data.unlabelled: the generator is not known; generators: signs, swaps, sums" in refusal(merged(data=data))
+
+
+def test_an_unknown_key_of_swaps_names_the_options_of_swaps() -> None:
+    data = {**MINIMAL["data"], "unlabelled": {"generator": "swaps", "count": 4, "largest": 6}}
+    message = refusal(merged(data=data))
+    assert message.startswith("data.unlabelled.largest is not an option")
+    assert message.endswith("data.unlabelled takes generator, count, terms, unique")
+
+
 def test_an_unknown_key_at_the_top_lists_the_sections() -> None:
     assert "(did you mean estep?); a recipe takes method, seed" in refusal(merged(estpe={}))
 
@@ -178,6 +190,16 @@ def test_paths_in_a_recipe_are_relative_to_its_file(tmp_path: Path) -> None:
 def test_a_generated_source_can_be_replaced_by_a_file_with_one_setting() -> None:
     source = resolve("t", MINIMAL, [parse_setting("data.unlabelled={jsonl: q.jsonl}")]).recipe.data.unlabelled
     assert getattr(source, "jsonl", None) == Path.cwd() / "q.jsonl"
+
+
+def test_a_source_can_be_replaced_by_one_of_another_kind_with_one_setting() -> None:
+    data = {**MINIMAL["data"], "unlabelled": {"generator": "signs", "count": 4, "largest": 9}}
+    resolved = resolve("t", merged(data=data), [parse_setting("data.unlabelled={generator: swaps, count: 5}")])
+    assert resolved.recipe.data.unlabelled.model_dump() == {
+        "generator": "swaps", "count": 5, "terms": (4,), "unique": False,
+    }  # fmt: skip
+    same = resolve("t", merged(data=data), [parse_setting("data.unlabelled={generator: signs, count: 5}")])
+    assert getattr(same.recipe.data.unlabelled, "largest", None) == 9
 
 
 def test_paths_of_settings_are_relative_to_the_working_directory_and_know_home(

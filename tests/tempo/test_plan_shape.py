@@ -113,6 +113,7 @@ def test_a_config_that_cannot_be_planned_is_refused_in_one_sentence(config: dict
         [],
         ["data.unlabelled.terms=[6]", "data.unlabelled.largest=9"],
         ["data.labelled={generator: sums, count: 8}"],
+        ["data.evaluation.cups={generator: swaps, count: 8, terms: [3, 4], unique: true}"],
     ],
 )
 def test_a_fresh_model_has_as_many_tokens_as_its_tokenizer(settings: list[str]) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
+from tempo_engine.tasks.swaps import Swaps
 
-from tempo_em.recipe import JsonlSource, Recipe, SignsSource, Source
+from tempo_em.recipe import JsonlSource, Recipe, SignsSource, Source, SwapsSource
 
 # Beside its words a tokenizer for a fresh model has pad, end and unknown; without generators it has one token a byte.
 SPECIAL_TOKENS, BYTES = 3, 256
@@ -67,4 +68,6 @@ def _words(source: Source) -> list[str] | None:
         return None
     if isinstance(source, SignsSource):
         return Signs(source.terms, source.largest, source.unique).vocabulary()
+    if isinstance(source, SwapsSource):
+        return Swaps(source.terms, source.unique).vocabulary()
     return Sums(source.terms, source.largest).vocabulary()

@@ -1,0 +1,63 @@
+"""`tempo-engine compare`: run what is missing, refuse what is unequal, write tables and curves."""
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from tempo_em.compare.cells import run_all
+from tempo_em.compare.report import place_in, plot, tables, to_json
+from tempo_em.compare.results import read_results
+from tempo_em.compare.spec import load_comparison
+
+
+def compare(where: str, out: Path | None, jobs: int, into: Path | None, say: Callable[[str], None]) -> Path:
+    """Run a comparison into its folder (default runs/NAME); finished cells are not repeated. Returns the folder.
+
+    Raises UserError for a comparison that cannot be run or is of unequal work, Halted when cells failed.
+    """
+    name, comparison = load_comparison(where)
+    out = out or Path("runs") / name
+    out.mkdir(parents=True, exist_ok=True)
+    if into:
+        place_in(into, name)  # a page without a place for it is found before hours of work
+    began, facts_file = time.perf_counter(), out / "time.json"
+    earlier = json.loads(facts_file.read_text()) if facts_file.is_file() else 0.0
+    try:
+        run_all(comparison, out, jobs, say)
+    finally:
+        minutes = earlier + (time.perf_counter() - began) / 60
+        facts_file.write_text(json.dumps(minutes))
+    results = read_results(comparison, out)
+    text = tables(comparison, results)
+    facts = {
+        "name": name, "minutes": round(minutes, 1), "jobs": jobs, "version": version("tempo-engine"), "commit": _commit(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+    (out / "comparison.json").write_text(to_json(comparison, results, facts), encoding="utf-8")
+    plot(comparison, results, out / "comparison.png")
+    footer = (
+        f"`tempo-engine compare {where} --jobs {jobs}`: {minutes:.0f} minutes in all, {len(results)} runs; "
+        f"version {facts['version']}, commit {facts['commit']}, {facts['date']}.\n"
+    )
+    (out / "comparison.md").write_text(f"{text}\n{footer}", encoding="utf-8")
+    if into:
+        before, after = place_in(into, name)
+        figure = into.parent / "figures" / f"{name}.png"
+        figure.parent.mkdir(exist_ok=True)
+        shutil.copyfile(out / "comparison.png", figure)
+        into.write_text(f"{before}{text}\n{footer}\n![curves](figures/{figure.name}){after}", encoding="utf-8")
+    return out
+
+
+def _commit() -> str:
+    """Of the checkout that this code is run from, if it is one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"

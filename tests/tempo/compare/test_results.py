@@ -1,0 +1,96 @@
+"""Reading and refusing: results written by hand, so that every number can be checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tempo_em.compare.cells import Cell
+from tempo_em.compare.report import tables
+from tempo_em.compare.results import interval, read_results
+from tempo_em.compare.spec import Comparison
+from tempo_engine.errors import UserError
+
+COMPARISON = Comparison.model_validate(
+    {
+        "title": "two arms",
+        "iterations": 2,
+        "arms": {"tempo": {"method": "tempo"}, "ttrl": {"method": "ttrl"}},
+        "tasks": {"signs": {"recipe": "tiny", "bases": [0], "seeds": [0, 1]}},
+    }
+)
+
+
+def write_cell(
+    out: Path,
+    seed: int,
+    arm: str,
+    accuracies: list[float],
+    *,
+    start: float = 0.2,
+    tokens: int = 100,
+    responses: int = 8,
+) -> None:
+    """A cell's metrics.jsonl; the start is among the evaluations of the first arm only. One iteration before each evaluation."""
+
+    def evaluation(label: str, value: float) -> dict[str, Any]:
+        return {"evaluation": label, "val-core/unlabelled/acc/mean@4": value, "val-aux/unlabelled/critic/auroc": None}
+
+    rows: list[dict[str, Any]] = [evaluation("start", start)] if arm == "tempo" else []
+    for i, value in enumerate(accuracies, start=1):
+        work = {"rollout/responses": responses, "tokens/generated": tokens, "timing_s/step": 1.5}
+        rows += [{"stage": "em", "iteration": i, **work}]
+        rows += [evaluation("final" if i == len(accuracies) else f"em/{i}", value)]
+    folder = out / Cell("signs", 0, seed, arm).name
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_last_and_best_are_those_up_to_the_tables_iteration(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_cell(tmp_path, seed, "tempo", [0.5, 0.4, 0.9])  # went on for a third iteration
+        write_cell(tmp_path, seed, "ttrl", [0.3, 0.1])
+    results = read_results(COMPARISON, tmp_path)
+    tempo, ttrl = results[Cell("signs", 0, 0, "tempo")], results[Cell("signs", 0, 0, "ttrl")]
+    assert tempo.last(2) == {"unlabelled/mean@4": 0.4}
+    assert tempo.best(2) == {"unlabelled/mean@4": 0.5}
+    assert ttrl.points[0] == tempo.points[0] == {"unlabelled/mean@4": 0.2}
+    assert (tempo.work.responses, tempo.work.tokens, tempo.work.seconds) == (16, 200, 3.0)
+    assert tables(COMPARISON, results).splitlines()[2:7] == [
+        "|  | against tempo | unlabelled mean@4 | unlabelled mean@4, best |",
+        "| --- | --- | --- | --- |",
+        "| start |  | 0.200 [0.200, 0.200] |  |",
+        "| tempo |  | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] |",
+        "| ttrl | -0.300 [-0.300, -0.300] | 0.100 [0.100, 0.100] | 0.300 [0.300, 0.300] |",
+    ]
+
+
+def test_unequal_work_is_refused(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_cell(tmp_path / "responses", seed, "tempo", [0.5, 0.4])
+        write_cell(tmp_path / "responses", seed, "ttrl", [0.3, 0.1], responses=8 + seed)
+        write_cell(tmp_path / "tokens", seed, "tempo", [0.5, 0.4])
+        write_cell(tmp_path / "tokens", seed, "ttrl", [0.3, 0.1], tokens=116)
+    with pytest.raises(UserError, match=r"base0/seed0/tempo sampled 16 responses, signs/base0/seed1/ttrl 18"):
+        read_results(COMPARISON, tmp_path / "responses")
+    with pytest.raises(UserError, match=r"ttrl sampled 232 tokens and tempo 200; token_tolerance allows 15%"):
+        read_results(COMPARISON, tmp_path / "tokens")
+
+
+def test_a_cell_without_the_evaluation_that_the_table_shows_is_named(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_cell(tmp_path, seed, "tempo", [0.5])
+        write_cell(tmp_path, seed, "ttrl", [0.3])
+    with pytest.raises(
+        UserError, match=r"seed0/tempo was not evaluated after 2 iterations; choose an evaluation\.every"
+    ):
+        read_results(COMPARISON, tmp_path)
+
+
+def test_the_interval_is_of_the_mean_over_runs() -> None:
+    assert interval([0.5]) == (0.5, 0.5, 0.5)
+    mean, low, high = interval([0.0, 1.0] * 50)
+    assert mean == 0.5
+    # the standard error of a hundred fair coins is .05; 1.96 of them on either side
+    assert low == pytest.approx(0.402, abs=0.01)
+    assert high == pytest.approx(0.598, abs=0.01)
