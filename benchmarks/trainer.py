@@ -185,7 +185,7 @@ def ranks(quick: bool) -> list[Row]:
     """One rank, two ranks, and two independent processes at once, in turn: two busy cores of a machine can be slower than one, and
     what two processes that share nothing reach together is the most that two ranks can. Runs count during which the machine was
     quiet, if there are any."""
-    work = Work(qwen3(384, 8, 16_384), lognormal(24), 2048)
+    work = Work(qwen3(384, 8, 16_384), lognormal(48), 2048)
     if quick:
         work = Work(qwen3(128, 2, 2048), lognormal(16), 1024)
     with tempfile.TemporaryDirectory() as folder:

@@ -49,19 +49,20 @@ def _status(name: str) -> int:
 
 
 def speed(folder: Path, work: Work) -> dict[str, Any]:
-    """Of a first update of each kind: wall-clock seconds from when all ranks are ready until the last one is done, and CPU seconds
-    of the rank that used most."""
+    """Of a second update of each kind: wall-clock seconds from when all ranks are ready until the last one is done, and CPU seconds
+    of the rank that used most. The first one, which also finds its memory and opens connections, gives the moments."""
     seconds, cpu_seconds = {}, {}
     for name in UPDATES:
-        one = fresh("engine", name, work)
+        one = trainer("engine", name, work)
+        one.update()
+        moments = {parameter: moment.clone() for parameter, moment in one.moments().items()}
+        if parallel.is_main():
+            save_file(moments, folder / f"{name}-{parallel.world_size()}.safetensors")
         parallel.wait_for_all()
         wall, cpu = time.perf_counter(), time.process_time()
         one.update()
         cpu_seconds[name] = parallel.largest(time.process_time() - cpu)
         seconds[name] = parallel.largest(time.perf_counter() - wall)
-        moments = {parameter: moment.clone() for parameter, moment in one.moments().items()}
-        if parallel.is_main():
-            save_file(moments, folder / f"{name}-{parallel.world_size()}.safetensors")
     return {"seconds": seconds, "cpu_seconds": cpu_seconds}
 
 

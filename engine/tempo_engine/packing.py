@@ -2,7 +2,8 @@
 
 # Shape letters: N = packed tokens (prompts and responses), T = packed response tokens, S = sequences, S1 = S + 1,
 # TS = T + S values, BL = sequences padded on the right to a rectangle
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -110,7 +111,7 @@ def micro_batches(batch: PackedBatch, rows: Tensor | None, max_tokens: int, *, i
     """
     rows = torch.arange(len(batch), device=batch.cu_seqlens_S1.device) if rows is None else rows
     length = batch.length_S[rows].tolist()
-    parts = [_cut(share, length, max_tokens, is_packed) for share in parallel.divide(length)]
+    parts = (_packed_parts if is_packed else _padded_parts)(length, max_tokens)
     mine = parts[parallel.rank()]
     rounds = max(map(len, parts), default=0)
     idle = [[length.index(min(length))]] * (rounds - len(mine)) if length else []
@@ -120,10 +121,34 @@ def micro_batches(batch: PackedBatch, rows: Tensor | None, max_tokens: int, *, i
     ]
 
 
-def _cut(share: list[int], length: list[int], max_tokens: int, is_packed: bool) -> list[list[int]]:
+def _packed_parts(length: list[int], max_tokens: int) -> list[list[list[int]]]:
+    """Each rank's parts when nothing is padded: any rows with as many tokens as the other ranks'."""
+    return [_cut(_longest_first(share, length), length, max_tokens, True) for share in parallel.divide(length)]
+
+
+def _padded_parts(length: list[int], max_tokens: int) -> list[list[list[int]]]:
+    """Each rank's parts when rows are padded to the longest of their part: runs of the rows in order of length, dealt in turn.
+
+    Were rows dealt to ranks one by one, each rank's neighbours would differ more in length, and every rank would pad more. The
+    budget is lowered as far as the number of rounds allows, so that the ranks' parts of a round are equally large.
+    """
+    ranks, order = parallel.world_size(), _longest_first(range(len(length)), length)
+    parts = _cut(order, length, max_tokens, False)
+    if ranks > 1:
+        most = -(-len(parts) // ranks) * ranks
+        budget = bisect_left(range(max_tokens), -most, key=lambda tokens: -len(_cut(order, length, tokens, False)))
+        parts = _cut(order, length, budget, False)
+    return [parts[rank::ranks] for rank in range(ranks)]
+
+
+def _longest_first(share: Iterable[int], length: list[int]) -> list[int]:
+    return sorted(share, key=lambda index: -length[index])
+
+
+def _cut(order: list[int], length: list[int], max_tokens: int, is_packed: bool) -> list[list[int]]:
     parts: list[list[int]] = []
     size = 0
-    for index in sorted(share, key=lambda i: -length[i]):
+    for index in order:
         # The first of a part is its longest: what all are padded to.
         size += length[index] if is_packed or not parts else length[parts[-1][0]]
         if not parts or size > max_tokens:

@@ -2,8 +2,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tempo_engine import parallel
 from tempo_engine.packing import PackedBatch, micro_batches, pack
 from tempo_engine.rollout import Prompt, Rollout
 
@@ -59,6 +60,48 @@ def test_micro_batches_cover_every_sequence_once_within_the_budget(
         assert len(part) == 1 or len(part) * int(batch.length_S[part].max()) <= max_tokens
     longest = [int(batch.length_S[part].max()) for part in parts]
     assert longest == sorted(longest, reverse=True)
+
+
+def parts_of_two_ranks(
+    lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch, *, is_packed: bool
+) -> list[list[list[int]]]:
+    """Rows of each rank's parts that count."""
+    monkeypatch.setattr(parallel, "world_size", lambda: 2)
+    batch, parts = pack([rollout((1,), list(range(length - 1))) for length in lengths]), []
+    rounds = set()
+    for rank in (0, 1):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        micros = micro_batches(batch, None, max_tokens, is_packed=is_packed)
+        rounds.add(len(micros))
+        parts.append([micro.rows.tolist() for micro in micros if micro.counts])
+    assert len(rounds) == 1, "a rank that has one part less waits for the other for ever"
+    return parts
+
+
+def test_ranks_that_pad_share_rows_of_similar_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Alone: [8, 8], [4, 4, 2, 2] and [2, 2], three parts of up to 16. Two ranks have four in two rounds, all of them 8 tokens.
+    parts = parts_of_two_ranks([8, 2, 4, 2, 8, 2, 4, 2], 16, monkeypatch, is_packed=False)
+    assert parts == [[[0], [2, 6]], [[4], [1, 3, 5, 7]]]
+
+
+def test_ranks_that_do_not_pad_share_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = parts_of_two_ranks([8, 2, 4, 2, 8, 2, 4, 2], 16, monkeypatch, is_packed=True)
+    assert parts == [[[0, 2, 1, 5]], [[4, 6, 3, 7]]]
+
+
+@given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30), max_tokens=st.integers(1, 100))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_two_ranks_cover_every_sequence_once_within_the_budget(
+    lengths: list[int], max_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for is_packed in (True, False):
+        parts = [
+            part for mine in parts_of_two_ranks(lengths, max_tokens, monkeypatch, is_packed=is_packed) for part in mine
+        ]
+        assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+        for part in parts:
+            tokens = sum(lengths[row] for row in part) if is_packed else len(part) * max(lengths[row] for row in part)
+            assert len(part) == 1 or tokens <= max_tokens
 
 
 def test_packing_never_splits_a_rollout(make_rollouts: MakeRollouts) -> None:
