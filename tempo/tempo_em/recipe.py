@@ -444,6 +444,21 @@ class MStepRecipe(Strict):
     optim: OptimRecipe = OptimRecipe()
 
 
+class AlarmsRecipe(Strict):
+    """Warnings that need no hidden answer, from means over `window` iterations of the EM loop against the best such mean before."""
+
+    window: Positive = 5
+    auroc_drop: float | None = Field(
+        default=0.03, gt=0, description="the critic's AUROC on fresh labelled responses has fallen by so much"
+    )
+    accuracy_drop: float | None = Field(default=0.03, gt=0, description="labelled accuracy has fallen by so much")
+    promise_gap: float | None = Field(
+        default=0.15,
+        gt=0,
+        description="outcomes of unlabelled responses have risen by so much more than labelled accuracy since the loop began",
+    )
+
+
 class EvaluationRecipe(Strict):
     """When and how much to evaluate. The EM loop's start and end always are."""
 
@@ -477,6 +492,7 @@ class Recipe(Strict):
     em: EMRecipe = EMRecipe()
     estep: EStepRecipe = EStepRecipe()
     mstep: MStepRecipe = MStepRecipe()
+    alarms: AlarmsRecipe = AlarmsRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
 
