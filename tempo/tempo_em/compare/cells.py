@@ -33,19 +33,19 @@ class Cell:
 
 
 def all_cells(comparison: Comparison) -> list[Cell]:
-    """Every cell of the table, without the starts: the first arm of each seed first, for others begin where it began."""
+    """Every cell of the table, without the starts; those that others begin with come first."""
     cells = [
-        (order, Cell(name, base, arm, seed))
+        Cell(name, base, arm, seed)
         for name, task in comparison.tasks.items()
         for base in task.bases
         for seed in task.seeds
-        for order, arm in enumerate(comparison.arms_of(task))
+        for arm in comparison.arms_of(task)
     ]
-    return [cell for _, cell in sorted(cells, key=lambda pair: min(pair[0], 1))]
+    return sorted(cells, key=lambda cell: (start := begins_at(comparison, cell)) is None or start.seed is not None)
 
 
 def starts_of(comparison: Comparison) -> list[Cell]:
-    """The first arm's start on each base, and those of arms with another critic or other data, which must have their own."""
+    """A start on each base for the first arm, and for the first of those with another critic or other data."""
     starts = [begins_at(comparison, cell) for cell in all_cells(comparison)]
     return list(dict.fromkeys(start for start in starts if start and start.seed is None))
 
@@ -60,16 +60,14 @@ def iterations_of(comparison: Comparison, cell: Cell) -> int:
 
 
 def begins_at(comparison: Comparison, cell: Cell) -> Cell | None:
-    """The cell whose start is this one's: the first arm's of its seed, which has evaluated that start; for that one, and for arms
-    that cannot share it, a start without a seed."""
+    """The cell whose start is this one's: of the same seed the first arm's that can share it, which has evaluated it; for that one
+    a start without a seed."""
     if cell.seed is None:
         return None
-    task = comparison.tasks[cell.task]
-    first = comparison.arms_of(task)[0]
-    shares = cell.arm != first and can_share_start(
-        *(recipe_of(task, comparison.arms[arm]) for arm in (first, cell.arm))
-    )
-    return replace(cell, arm=first) if shares else replace(cell, seed=None)
+    task, arms = comparison.tasks[cell.task], comparison.arms
+    recipe = recipe_of(task, arms[cell.arm])
+    leader = next(arm for arm in comparison.arms_of(task) if can_share_start(recipe_of(task, arms[arm]), recipe))
+    return replace(cell, seed=None) if leader == cell.arm else replace(cell, arm=leader)
 
 
 def loop_seed(base: int, seed: int) -> int:
