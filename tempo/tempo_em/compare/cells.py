@@ -147,7 +147,9 @@ def _run_stage(comparison: Comparison, cells: list[Cell], out: Path, jobs: int) 
 
 def _outcome(cell: Cell, out: Path) -> str:
     summary = json.loads((out / cell.name / "summary.json").read_text())
-    ends = [summary["stages"][stage]["unlabelled"] for stage in ("start", "final")]
-    metric = next(name for name in ends[0] if name.startswith("mean@"))
+    ends = [summary["stages"][stage].get("unlabelled", {}) for stage in ("start", "final")]
+    metric = next((name for name in ends[0] if name.startswith("mean@")), None)
     seconds = summary["seconds"].get("stage/em", 0.0)
+    if metric is None:
+        return f"EM loop {seconds:.0f} s"
     return f"{metric} {ends[0][metric]:.3f} -> {ends[1][metric]:.3f}, EM loop {seconds:.0f} s"

@@ -55,8 +55,16 @@ class Result:
 
 
 def accuracy(point: Point) -> str:
-    """The name of the mean accuracy on unlabelled questions, unlabelled/mean@16 for 16 samples."""
-    return next(name for name in point if name.startswith("unlabelled/mean@"))
+    """The name of the mean accuracy on unlabelled questions, unlabelled/mean@16 for 16 samples.
+
+    Raises UserError where they have no answers: nothing says then which arm is better.
+    """
+    names = [name for name in point if name.startswith("unlabelled/mean@")]
+    if not names:
+        raise UserError(
+            "the unlabelled questions have no answers, which a comparison needs for its audit; name their column"
+        )
+    return names[0]
 
 
 def read_results(comparison: Comparison, out: Path) -> dict[Cell, Result]:

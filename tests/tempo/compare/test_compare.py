@@ -1,8 +1,12 @@
 """The whole command on a miniature: cells from one start, tables, curves, going on after an interruption."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from tempo_em.compare.cells import all_cells, begins_at, command, iterations_of, starts_of
 from tempo_em.compare.command import compare
@@ -91,6 +95,26 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(tmp_path: Path) -> No
     with pytest.raises(Halted, match=r"1 cells failed, the first is signs/base0/seed0/ttrl: see .*ttrl\.log"):
         compare(str(path), out, jobs=2, into=None, say=lambda _: None)
     assert (out / "signs/base0/seed0/tempo/summary.json").is_file()
+
+
+def test_a_terminated_comparison_takes_its_cells_with_it_and_goes_on_later(tmp_path: Path) -> None:
+    path, out = tmp_path / "mini.yaml", tmp_path / "runs"
+    path.write_text(MINIATURE.replace("seeds: [0, 1]", "seeds: [0]").replace("steps: 20", "steps: 4000"))
+    command = [sys.executable, "-m", "tempo_em", "compare", str(path), "--out", str(out), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    cell = out / "signs/base0/start-tempo"
+    while not (cell / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not is_running(cell)
+    assert list((cell / "checkpoints").iterdir()), "it saved before it left"
+    assert not (cell / "summary.json").exists()
+
+
+def is_running(cell: Path) -> bool:
+    return any(str(cell) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
 
 @pytest.mark.parametrize("name", packaged_comparisons())
