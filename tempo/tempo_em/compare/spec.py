@@ -10,7 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 from tempo_engine.errors import UserError
 
 from tempo_em.loading import load_recipe, parse_yaml, yaml_word
-from tempo_em.recipe import Count, Positive, Recipe, SetName, Strict
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_base import Count, Positive, SetName, Strict
 
 
 class Arm(Strict):
