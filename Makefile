@@ -25,7 +25,7 @@ quickstart: $(STAMP)
 
 # Two processes, one file each at a time: most tests keep one core busy.
 test: lint $(SGLANG)
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP) $(SGLANG)
 	$(BIN)/ruff format --check .

@@ -20,6 +20,12 @@ from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.weights import DTYPES, create_causal_lm
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first, so that in the end no process waits for another's long file."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """Two busy OpenMP threads per process on two cores are far slower than one."""

@@ -15,6 +15,8 @@ import pytest
 import torch
 from tempo_engine.checkpoint import list_checkpoints, load_tensors, names
 
+pytestmark = pytest.mark.slow
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = ("--set", "cold_start.steps=60", "--set", "evaluation.samples=2", "--set", "em.iterations=6")
 ON_TWO_RANKS = ("--nproc", "2")
