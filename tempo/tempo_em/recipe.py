@@ -286,11 +286,11 @@ class AlarmsRecipe(Strict):
 
     window: Positive = 5
     auroc_drop: float | None = Field(
-        default=0.03, gt=0, description="the critic's AUROC on fresh labelled responses has fallen by so much"
+        default=0.1, gt=0, description="the critic's AUROC on fresh labelled responses has fallen by so much"
     )
-    accuracy_drop: float | None = Field(default=0.03, gt=0, description="labelled accuracy has fallen by so much")
+    accuracy_drop: float | None = Field(default=0.1, gt=0, description="labelled accuracy has fallen by so much")
     promise_gap: float | None = Field(
-        default=0.15,
+        default=0.25,
         gt=0,
         description="outcomes of unlabelled responses have risen by so much more than labelled accuracy since the loop began",
     )
