@@ -138,30 +138,37 @@ class CriticRecipe(Strict):
         return (0.0, 1.0) if self.target == "zero_one" else (-1.0, 1.0)
 
 
-class SignsSource(Strict):
+class GeneratedSource(Strict):
+    """What all generated sources have."""
+
+    count: Positive
+    shots: Count = Field(
+        default=0,
+        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
+    )
+
+
+class SignsSource(GeneratedSource):
     """Generated: signs to target (see tempo_engine.tasks.signs)."""
 
     generator: Literal["signs"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
     largest: int = Field(default=6, ge=1, le=99)
     unique: bool = Field(default=False, description="only questions with exactly one right answer")
 
 
-class SwapsSource(Strict):
+class SwapsSource(GeneratedSource):
     """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
 
     generator: Literal["swaps"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
     unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
 
 
-class SumsSource(Strict):
+class SumsSource(GeneratedSource):
     """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
 
     generator: Literal["sums"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
     largest: int = Field(default=9, ge=1, le=999)
 
@@ -284,6 +291,10 @@ class RolloutRecipe(Strict):
     top_k: Count = Field(default=0, description="0: off")
     max_prompt_tokens: Positive = 2048
     max_new_tokens: Positive = 1024
+    stop: tuple[str, ...] = Field(
+        default=(),
+        description='texts, one token each, that end a response as its end of sequence does: ["\\n"] for one line',
+    )
     max_running: Positive = Field(default=512, description="sequences that decode at a time, in each server")
     ahead: Count = Field(
         default=0, description="iterations that are sampled while earlier ones train: bounds staleness; 0: none, exact"

@@ -51,7 +51,7 @@ def test_an_unknown_key_of_swaps_names_the_options_of_swaps() -> None:
     data = {**MINIMAL["data"], "unlabelled": {"generator": "swaps", "count": 4, "largest": 6}}
     message = refusal(merged(data=data))
     assert message.startswith("data.unlabelled.largest is not an option")
-    assert message.endswith("data.unlabelled takes generator, count, terms, unique")
+    assert message.endswith("data.unlabelled takes count, shots, generator, terms, unique")
 
 
 def test_an_unknown_key_at_the_top_lists_the_sections() -> None:
