@@ -94,7 +94,7 @@ class MetricsFile:
             with self.path.open("r+b") as file:
                 file.truncate(min(size, self.size))
 
-    def rows(self) -> list[dict[str, object]]:
+    def rows(self) -> list[dict[str, Any]]:
         if not self.path.exists():
             return []
         return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]

@@ -40,7 +40,8 @@ from tempo_engine.weights import (
 
 from tempo_em.cold_start import ColdStart
 from tempo_em.posteriors import Oracle
-from tempo_em.recipe import JsonlSource, OptimRecipe, Recipe, SignsSource, Source, SwapsSource
+from tempo_em.recipe import OptimRecipe, Recipe
+from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
 

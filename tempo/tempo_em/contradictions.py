@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from tempo_em.recipe import JsonlSource, Recipe
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_data import JsonlSource
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:

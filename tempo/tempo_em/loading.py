@@ -16,7 +16,8 @@ from tempo_engine.errors import UserError
 
 from tempo_em.contradictions import contradictions
 from tempo_em.presets import PRESETS
-from tempo_em.recipe import Recipe, Strict
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_base import Strict
 
 
 @dataclass(frozen=True)

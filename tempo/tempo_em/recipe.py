@@ -6,19 +6,13 @@ Values come in four layers, later ones winning: defaults here, the method's pres
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-Probability = Annotated[float, Field(ge=0, le=1)]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-NoiseRate = Annotated[float, Field(ge=0, lt=0.5)]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+from tempo_em.recipe_base import Count, Decay, NoiseRate, Positive, Probability, Strict
+from tempo_em.recipe_data import DataRecipe
+from tempo_em.recipe_rollout import RolloutRecipe
+
 Posterior = Literal["label", "critic", "frozen_critic", "majority_vote", "cluster_frequency", "oracle", "random"]
-
-
-class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 def _word_off(value: Any) -> Any:
@@ -136,174 +130,6 @@ class CriticRecipe(Strict):
     @property
     def target_range(self) -> tuple[float, float]:
         return (0.0, 1.0) if self.target == "zero_one" else (-1.0, 1.0)
-
-
-class GeneratedSource(Strict):
-    """What all generated sources have."""
-
-    count: Positive
-    shots: Count = Field(
-        default=0,
-        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
-    )
-
-
-class SignsSource(GeneratedSource):
-    """Generated: signs to target (see tempo_engine.tasks.signs)."""
-
-    generator: Literal["signs"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    largest: int = Field(default=6, ge=1, le=99)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer")
-
-
-class SwapsSource(GeneratedSource):
-    """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
-
-    generator: Literal["swaps"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
-
-
-class SumsSource(GeneratedSource):
-    """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
-
-    generator: Literal["sums"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
-    largest: int = Field(default=9, ge=1, le=999)
-
-
-class JsonlSource(Strict):
-    """A JSONL file: one object a line."""
-
-    jsonl: Path
-    prompt: str = Field(default="prompt", description="column with the prompt: text or chat messages")
-    answer: str | None = Field(default="answer", description="column with the answer, or null when there is none")
-    extract: Literal["boxed", "answer_line", "whole"] = Field(
-        default="boxed", description="where a response states its answer"
-    )
-    limit: Positive | None = Field(default=None, description="read at most this many questions")
-
-
-def _source_tag(value: Any) -> str:
-    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
-    return "jsonl" if "jsonl" in fields else str(fields.get("generator", "jsonl"))
-
-
-Source = Annotated[
-    Annotated[SignsSource, Tag("signs")]
-    | Annotated[SwapsSource, Tag("swaps")]
-    | Annotated[SumsSource, Tag("sums")]
-    | Annotated[JsonlSource, Tag("jsonl")],
-    Discriminator(_source_tag),
-]
-
-
-class DataRecipe(Strict):
-    """Three kinds of prompts. Answers of `unlabelled`, where they exist, are used for audit metrics only."""
-
-    labelled: Source
-    unlabelled: Source
-    evaluation: dict[SetName, Source] = Field(
-        default={}, description="further sets by name, for example labelled_heldout"
-    )
-    label_noise: NoiseRate = Field(
-        default=0.0, description="an experiment: so many labelled questions have their training verdicts turned round"
-    )
-
-    @model_validator(mode="after")
-    def names(self) -> "DataRecipe":
-        if "unlabelled" in self.evaluation:
-            raise ValueError("evaluation.unlabelled is reserved for the audit of data.unlabelled; choose another name")
-        return self
-
-
-class SGLangRecipe(Strict):
-    """SGLang servers: started and stopped with the run, or somebody else's."""
-
-    servers: Literal["auto"] | tuple[str, ...] = Field(
-        default="auto",
-        description="auto: ours, on this machine; or URLs, each a replica (or a router in front of several)",
-    )
-    replicas: Positive = Field(default=1, description="how many servers of ours")
-    key_variable: str = Field(default="SGLANG_API_KEY", description="environment variable with the API key of the URLs")
-    allowed_hosts: tuple[str, ...] = Field(
-        default=(), description="hosts beside this machine that prompts and weights may go to"
-    )
-    placement: Literal["colocated", "disaggregated"] = Field(
-        default="colocated", description="on the trainer's GPUs, giving memory back between batches, or on others"
-    )
-    gpus: tuple[Count, ...] = Field(default=(), description="visible devices of our servers; none: the trainer's")
-    tensor_parallel: Positive = Field(default=1, description="GPUs that share a model (SGLang's tp-size)")
-    data_parallel: Positive = Field(default=1, description="copies inside a server (SGLang's dp-size)")
-    sync: Literal["auto", "disk", "distributed", "tensor"] = Field(
-        default="auto",
-        description="how weights get there; auto: on GPUs tensor to our colocated servers, distributed to others; else disk",
-    )
-    sync_folder: Path | None = Field(default=None, description="for sync disk; default: in the run folder")
-    receipt: Literal["checksum", "probe", "off"] = Field(
-        default="checksum",
-        description="after each sync: compare every tensor's checksum, or log-probs of a few sequences",
-    )
-    deterministic: bool = Field(default=False, description="a seed for every response; about a third slower on GPUs")
-    keep_cache: bool = Field(default=False, description="keep the prefix cache of the old weights after a sync")
-    max_total_tokens: Positive | None = Field(default=None, description="of the KV cache")
-    memory_fraction: float | None = Field(default=None, gt=0, lt=1, description="of each GPU, for weights and cache")
-    threads: Positive = Field(default=1, description="CPU threads of each server, on a machine without GPUs")
-    port: Positive | None = Field(default=None, le=65000, description="of our first server; default: any free one")
-    restarts: Count = Field(
-        default=3, description="deaths of servers without a finished batch between them before we stop"
-    )
-    start_minutes: float = Field(default=10.0, gt=0)
-    health_seconds: float = Field(default=60.0, gt=0, description="a server silent for so long is dead")
-    generation_minutes: float = Field(default=120.0, gt=0, description="bound on one group's responses")
-    update_minutes: float = Field(default=10.0, gt=0, description="bound on one call of a weight sync")
-    arguments: dict[str, Any] = Field(default={}, description="further arguments of SGLang's server, by their names")
-
-    @model_validator(mode="after")
-    def whole(self) -> "SGLangRecipe":
-        if self.servers == ():
-            raise ValueError("servers is an empty list; give URLs, or auto")
-        ours = {"api-key", "admin-api-key", "host", "port", "model-path", "weight-version", "skip-tokenizer-init"}
-        if taken := {name for name in self.arguments if name.replace("_", "-") in ours}:
-            raise ValueError(f"arguments has {min(taken)}, which the engine sets itself")
-        return self
-
-
-class MismatchRecipe(Strict):
-    """Sampler and trainer compute the same log-probs by different programs. `above` bounds are on rollout/mismatch_kl (k3)."""
-
-    every: Count = Field(default=1, description="iterations between looks; with old_logprob trainer they cost nothing")
-    band: float = Field(default=0.1, gt=0, description="tokens further apart than this are counted")
-    warn_above: float | None = Field(default=0.01, gt=0)
-    correct_above: float | None = Field(
-        default=None, gt=0, description="from here on mstep.importance (token when none) corrects the iteration"
-    )
-    stop_above: float | None = Field(default=None, gt=0)
-
-
-class RolloutRecipe(Strict):
-    """Sampling."""
-
-    backend: Literal["local", "sglang"] = Field(default="local", description="in this process, or by SGLang servers")
-    temperature: float = Field(default=1.0, gt=0)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: Count = Field(default=0, description="0: off")
-    max_prompt_tokens: Positive = 2048
-    max_new_tokens: Positive = 1024
-    stop: tuple[str, ...] = Field(
-        default=(),
-        description='texts, one token each, that end a response as its end of sequence does: ["\\n"] for one line',
-    )
-    max_running: Positive = Field(default=512, description="sequences that decode at a time, in each server")
-    ahead: Count = Field(
-        default=0, description="iterations that are sampled while earlier ones train: bounds staleness; 0: none, exact"
-    )
-    partial: bool = Field(
-        default=False, description="with ahead: a weight sync interrupts responses, which go on with the new weights"
-    )
-    sglang: SGLangRecipe = SGLangRecipe()
-    mismatch: MismatchRecipe = MismatchRecipe()
 
 
 class ColdStartRecipe(Strict):
@@ -455,6 +281,21 @@ class MStepRecipe(Strict):
     optim: OptimRecipe = OptimRecipe()
 
 
+class AlarmsRecipe(Strict):
+    """Warnings that need no hidden answer, from means over `window` iterations of the EM loop against the best such mean before."""
+
+    window: Positive = 5
+    auroc_drop: float | None = Field(
+        default=0.03, gt=0, description="the critic's AUROC on fresh labelled responses has fallen by so much"
+    )
+    accuracy_drop: float | None = Field(default=0.03, gt=0, description="labelled accuracy has fallen by so much")
+    promise_gap: float | None = Field(
+        default=0.15,
+        gt=0,
+        description="outcomes of unlabelled responses have risen by so much more than labelled accuracy since the loop began",
+    )
+
+
 class EvaluationRecipe(Strict):
     """When and how much to evaluate. The EM loop's start and end always are."""
 
@@ -488,6 +329,7 @@ class Recipe(Strict):
     em: EMRecipe = EMRecipe()
     estep: EStepRecipe = EStepRecipe()
     mstep: MStepRecipe = MStepRecipe()
+    alarms: AlarmsRecipe = AlarmsRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
 

@@ -5,13 +5,14 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 import yaml
+from pydantic import ValidationError
 from tempo_engine import checkpoint, parallel
 from tempo_engine.errors import UserError
 
@@ -21,7 +22,7 @@ from tempo_em.recipe import Recipe
 LOCK = ".lock"
 # Settings that change neither data nor method: a resumed run may differ in them.
 RESUME_MAY_CHANGE = (
-    "checkpoint.", "evaluation.every", "parallel.", "threads",
+    "checkpoint.", "evaluation.every", "alarms.", "parallel.", "threads",
     "micro_batch_tokens", "model.activation_checkpointing", "model.compile", "rollout.sglang.", "rollout.mismatch.",
 )  # fmt: skip
 # What happens before the EM loop: runs that start from the same point agree in these.
@@ -67,14 +68,34 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], bo
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml")
-    saved = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-    wanted = _flat(recipe.model_dump(mode="json"))
-    for path in sorted({*saved, *wanted}):
-        before, now = saved.get(path), wanted.get(path)
-        if before != now and matters(path):
+    saved = _with_newer_settings(yaml.safe_load(file.read_text(encoding="utf-8")))
+    for path, before, now in _differences(saved, recipe.model_dump(mode="json")):
+        if matters(path):
             raise UserError(
                 f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; make them agree"
             )
+
+
+def _with_newer_settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe, and what recipes have learned to say since: it ran with the default of that."""
+    try:
+        return Recipe.model_validate(saved).model_dump(mode="json")
+    except ValidationError:  # it says something that recipes no longer do: that is named
+        return saved
+
+
+def can_share_start(one: Recipe, other: Recipe) -> bool:
+    """Whether runs of these recipes could begin their EM loops at the same point."""
+    differing = _differences(one.model_dump(mode="json"), other.model_dump(mode="json"))
+    return not any(path.startswith(START_MUST_SHARE) for path, _, _ in differing)
+
+
+def _differences(one: dict[str, Any], other: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """(path, one's value, the other's) of each setting, None where there is none."""
+    first, second = _flat(one), _flat(other)
+    for path in sorted({*first, *second}):
+        if first.get(path) != second.get(path):
+            yield path, first.get(path), second.get(path)
 
 
 class Lock:

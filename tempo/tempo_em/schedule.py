@@ -354,6 +354,8 @@ def advantages(
         "critic/advantages/mean": float(advantage_T.mean()),
         "critic/advantages/std": float(advantage_T.std()) if len(advantage_T) > 1 else 0.0,
     }
+    if not is_labelled_S.all():
+        metrics["critic/rewards/unlabelled"] = float(outcome_S[~is_labelled_S].mean())
     if stage.normalise in ("whiten", "whiten_per_population", "scale_per_population"):
         population_T = is_labelled_S[sequence_T].long() * (stage.normalise != "whiten")
         advantage_T = whiten(advantage_T, population_T, center=stage.normalise != "scale_per_population")

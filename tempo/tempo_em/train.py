@@ -18,6 +18,7 @@ from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
 from tempo_engine.weights import copy_weights, named_weights
 
+from tempo_em.alarms import Alarms
 from tempo_em.build import Parts, build
 from tempo_em.console import Display, Silence, evaluation_line
 from tempo_em.loading import ResolvedRecipe
@@ -60,6 +61,7 @@ class Training:
         self.earlier_seconds: dict[str, float] = {}
         self.metrics = MetricsFile(run_dir / "metrics.jsonl")
         self.samples = MetricsFile(run_dir / "samples.jsonl")
+        self.alarms = Alarms(self.recipe.alarms)
         self.interrupt: int | None = None
         self.interrupted_at = 0.0
         self.stages: list[tuple[str, int, Callable[[int], dict[str, float]]]] = []
@@ -71,7 +73,7 @@ class Training:
         if source:
             saved = checkpoint.newest(source, self.display.note)
             self._restore(saved)
-            if not resumes and has_other_questions(self.recipe, start_from):
+            if start_from and not resumes and has_other_questions(self.recipe, start_from):
                 self.evaluations.clear()
             self.display.note(f"{'resuming' if resumes else 'starting'} from {saved}")
         if resumes:
@@ -148,6 +150,8 @@ class Training:
             f"timing_s/{phase}": s for phase, s in self.loop.clock.lap().items() if not phase.startswith("stage/")
         }
         metrics |= {"timing_s/step": seconds}
+        if name == "em":
+            metrics |= self._watch(metrics)
         if "tokens/generated" in metrics:
             metrics["perf/throughput"] = metrics["tokens/generated"] / seconds
         self.iteration, self.step = self.iteration + 1, self.step + 1
@@ -158,6 +162,12 @@ class Training:
             self._save()
         self.checkpoints.poll()
         self._stop_if_asked()
+
+    def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
+        alarms, sentences = self.alarms.look(metrics)
+        for sentence in sentences:
+            self.display.note(f"alarm, iteration {self.iteration + 1}: {sentence}; see alarms in the recipe")
+        return alarms
 
     def _stop_if_asked(self) -> None:
         """After a signal: save and stop. What was not finished, an evaluation say, is done again by the resumed run."""
@@ -328,6 +338,9 @@ class Training:
                 optimizer.load_state({name.removeprefix(f"{owner}/"): into[name] for name in filled})
         self.metrics.cut(state["metrics_size"])
         self.samples.cut(state["samples_size"])
+        for row in self.metrics.rows() if parallel.is_main() else []:
+            if row.get("stage") == "em":
+                self.alarms.look(row)
 
     def _finish(self) -> dict[str, Any]:
         """Summary, curves and exports."""

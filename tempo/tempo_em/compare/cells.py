@@ -7,62 +7,67 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tempo_engine.errors import Halted
 
-from tempo_em.compare.spec import Comparison, settings_of
+from tempo_em.compare.spec import Comparison, recipe_of, settings_of
+from tempo_em.run_folder import can_share_start
 
 
 @dataclass(frozen=True, order=True)
 class Cell:
-    """One arm on one task from one base, with one seed of the EM loop. Without an arm: the base that others begin at."""
+    """One arm on one task from one base, with one seed of the EM loop; without a seed, the start that other cells begin at."""
 
     task: str
     base: int
+    arm: str
     seed: int | None = None
-    arm: str | None = None
 
     @property
     def name(self) -> str:
-        """Also its folder: signs/base0/start, signs/base0/seed1/tempo."""
-        if self.arm is None:
-            return f"{self.task}/base{self.base}/start"
-        return f"{self.task}/base{self.base}/seed{self.seed}/{self.arm}"
+        """Also its folder: signs/base0/start-tempo, signs/base0/seed1/tempo."""
+        folder = f"start-{self.arm}" if self.seed is None else f"seed{self.seed}/{self.arm}"
+        return f"{self.task}/base{self.base}/{folder}"
 
 
 def all_cells(comparison: Comparison) -> list[Cell]:
-    """Every cell of the table, without the bases: the first arm of each seed first, for others begin where it began."""
+    """Every cell of the table, without the starts; those that others begin with come first."""
     cells = [
-        (order, Cell(name, base, seed, arm))
+        Cell(name, base, arm, seed)
         for name, task in comparison.tasks.items()
         for base in task.bases
         for seed in task.seeds
-        for order, arm in enumerate(comparison.arms_of(task))
+        for arm in comparison.arms_of(task)
     ]
-    return [cell for order, cell in sorted(cells, key=lambda pair: min(pair[0], 1))]
+    return sorted(cells, key=lambda cell: (start := begins_at(comparison, cell)) is None or start.seed is not None)
 
 
-def bases_of(comparison: Comparison) -> list[Cell]:
-    return [Cell(name, base) for name, task in comparison.tasks.items() for base in task.bases]
+def starts_of(comparison: Comparison) -> list[Cell]:
+    """A start on each base for the first arm, and for the first of those with another critic or other data."""
+    starts = [begins_at(comparison, cell) for cell in all_cells(comparison)]
+    return list(dict.fromkeys(start for start in starts if start and start.seed is None))
 
 
 def iterations_of(comparison: Comparison, cell: Cell) -> int:
     """How long its EM loop runs; the table looks at every cell after comparison.iterations."""
     long = comparison.tasks[cell.task].long
-    if cell.arm is None:
+    if cell.seed is None:
         return 0
     goes_on = long and cell.arm in long.arms and cell.base in long.bases and cell.seed in long.seeds
     return long.iterations if long and goes_on else comparison.iterations
 
 
 def begins_at(comparison: Comparison, cell: Cell) -> Cell | None:
-    """The cell whose start is this one's: its base, or the first arm of its seed, which has evaluated that start."""
-    if cell.arm is None:
+    """The cell whose start is this one's: of the same seed the first arm's that can share it, which has evaluated it; for that one
+    a start without a seed."""
+    if cell.seed is None:
         return None
-    first = comparison.arms_of(comparison.tasks[cell.task])[0]
-    return Cell(cell.task, cell.base) if cell.arm == first else Cell(cell.task, cell.base, cell.seed, first)
+    task, arms = comparison.tasks[cell.task], comparison.arms
+    recipe = recipe_of(task, arms[cell.arm])
+    leader = next(arm for arm in comparison.arms_of(task) if can_share_start(recipe_of(task, arms[arm]), recipe))
+    return replace(cell, seed=None) if leader == cell.arm else replace(cell, arm=leader)
 
 
 def loop_seed(base: int, seed: int) -> int:
@@ -73,9 +78,8 @@ def loop_seed(base: int, seed: int) -> int:
 def command(comparison: Comparison, cell: Cell, out: Path) -> list[str]:
     """`tempo-engine train` with everything that makes this cell. It goes on with what an interrupted one left."""
     task = comparison.tasks[cell.task]
-    arm = cell.arm or comparison.arms_of(task)[0]
     settings = [
-        *settings_of(comparison.arms[arm], task),
+        *settings_of(comparison.arms[cell.arm], task),
         f"seed={cell.base}",
         f"em.seed={'null' if cell.seed is None else loop_seed(cell.base, cell.seed)}",
         f"em.iterations={iterations_of(comparison, cell)}",
@@ -97,8 +101,9 @@ def run_all(comparison: Comparison, out: Path, jobs: int, say: Callable[[str], N
     Raises Halted when a cell fails, after all others that can be run have been.
     """
     cells = all_cells(comparison)
-    firsts = [cell for cell in cells if (start := begins_at(comparison, cell)) and start.arm is None]
-    stages = [bases_of(comparison), firsts, [cell for cell in cells if cell not in firsts]]
+    starts = starts_of(comparison)
+    firsts = [cell for cell in cells if begins_at(comparison, cell) in starts]
+    stages = [starts, firsts, [cell for cell in cells if cell not in firsts]]
     failed: list[Cell] = []
     count, total = 0, sum(map(len, stages))
     for stage in stages:
@@ -142,7 +147,9 @@ def _run_stage(comparison: Comparison, cells: list[Cell], out: Path, jobs: int) 
 
 def _outcome(cell: Cell, out: Path) -> str:
     summary = json.loads((out / cell.name / "summary.json").read_text())
-    ends = [summary["stages"][stage]["unlabelled"] for stage in ("start", "final")]
-    metric = next(name for name in ends[0] if name.startswith("mean@"))
-    seconds = sum(summary["seconds"].get(phase, 0.0) for phase in summary["seconds"] if phase.startswith("stage/"))
-    return f"{metric} {ends[0][metric]:.3f} -> {ends[1][metric]:.3f}, {seconds:.0f} s"
+    ends = [summary["stages"][stage].get("unlabelled", {}) for stage in ("start", "final")]
+    metric = next((name for name in ends[0] if name.startswith("mean@")), None)
+    seconds = summary["seconds"].get("stage/em", 0.0)
+    if metric is None:
+        return f"EM loop {seconds:.0f} s"
+    return f"{metric} {ends[0][metric]:.3f} -> {ends[1][metric]:.3f}, EM loop {seconds:.0f} s"

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -25,11 +27,15 @@ def compare(where: str, out: Path | None, jobs: int, into: Path | None, say: Cal
     out.mkdir(parents=True, exist_ok=True)
     if into:
         place_in(into, name)  # a page without a place for it is found before hours of work
+    handler = signal.signal(
+        signal.SIGTERM, lambda number, frame: sys.exit(128 + number)
+    )  # as Ctrl-C, which cells hear too
     began, facts_file = time.perf_counter(), out / "time.json"
     earlier = json.loads(facts_file.read_text()) if facts_file.is_file() else 0.0
     try:
         run_all(comparison, out, jobs, say)
     finally:
+        signal.signal(signal.SIGTERM, handler)
         minutes = earlier + (time.perf_counter() - began) / 60
         facts_file.write_text(json.dumps(minutes))
     results = read_results(comparison, out)

@@ -31,13 +31,13 @@ def tables(comparison: Comparison, results: Results) -> str:
             f"**{name}** ({runs} runs each: {len(task.bases)} bases x {len(task.seeds)} seeds; after {comparison.iterations} "
             f"iterations; mean and 95% bootstrap interval over runs)\n"
         )
-        parts += [_policy_table(comparison, results, name, arms), _critic_table(comparison, results, name, arms)]
+        parts += [_policy_table(results, name, arms), _critic_table(results, name, arms)]
     return "\n".join(parts)
 
 
-def _policy_table(comparison: Comparison, results: Results, task: str, arms: list[str]) -> str:
-    n, first = comparison.iterations, arms[0]
-    sample = next(result for cell, result in results.items() if cell.task == task).points[n]
+def _policy_table(results: Results, task: str, arms: list[str]) -> str:
+    first = arms[0]
+    sample = next(result for cell, result in results.items() if cell.task == task).last
     mean = accuracy(sample)
     columns = [name for s in SHOWN_SETS for name in _names(sample, s) if name != mean]
     columns += [name for name in sample if name.startswith("labelled_heldout/mean@")]
@@ -45,26 +45,24 @@ def _policy_table(comparison: Comparison, results: Results, task: str, arms: lis
     def read(arm: str, point: Callable[[Result], Point], name: str) -> list[float]:
         return _values(results, task, arm, lambda result: point(result)[name])
 
-    start = {name: _cell(read(first, lambda r: r.points[0], name)) for name in (mean, *columns)}
+    start = {name: _cell(read(first, lambda r: r.start, name)) for name in (mean, *columns)}
     rows = [["start", "", start.pop(mean), "", *start.values()]]
-    reference = read(first, lambda r: r.last(n), mean)
+    reference = read(first, lambda r: r.last, mean)
     for arm in arms:
-        last = read(arm, lambda r: r.last(n), mean)
+        last = read(arm, lambda r: r.last, mean)
         against = "" if arm == first else _cell(np.subtract(last, reference).tolist(), "+.3f")
-        row = [arm, against, _cell(last), _cell(read(arm, lambda r: r.best(n), mean))]
-        rows.append(row + [_cell(read(arm, lambda r: r.last(n), name)) for name in columns])
+        row = [arm, against, _cell(last), _cell(read(arm, lambda r: r.best, mean))]
+        rows.append(row + [_cell(read(arm, lambda r: r.last, name)) for name in columns])
     titles = [name.replace("_", " ").replace("/", " ") for name in (mean, f"{mean}, best", *columns)]
     return _markdown(["", f"against {first}", *titles], rows)
 
 
-def _critic_table(comparison: Comparison, results: Results, task: str, arms: list[str]) -> str:
-    n = comparison.iterations
+def _critic_table(results: Results, task: str, arms: list[str]) -> str:
     columns = [f"{s}/{metric}" for s in SHOWN_SETS for metric in CRITIC]
     rows = []
     for arm in arms:
         cells = [r for c, r in results.items() if (c.task, c.arm) == (task, arm)]
-        judged = all(columns[0] in r.last(n) for r in cells)
-        values = [_cell([r.last(n)[c] for r in cells]) if judged and c in cells[0].last(n) else "" for c in columns]
+        values = [_cell([r.last[c] for r in cells]) if all(c in r.last for r in cells) else "" for c in columns]
         work = [
             sum(w) / len(cells)
             for w in zip(*((r.work.responses, r.work.tokens, r.work.seconds) for r in cells), strict=True)
@@ -99,7 +97,7 @@ def to_json(comparison: Comparison, results: Results, facts: dict[str, Any]) -> 
     cells = [
         {
             "task": c.task, "base": c.base, "seed": c.seed, "arm": c.arm, "responses": r.work.responses,
-            "tokens": r.work.tokens, "seconds": round(r.work.seconds, 1),
+            "tokens": r.work.tokens, "at": r.at, "seconds": round(r.work.seconds, 1),
             "points": {i: {name: round(x, 5) for name, x in point.items()} for i, point in r.points.items()},
         }
         for c, r in sorted(results.items())
@@ -125,18 +123,14 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    sample = next(iter(results.values())).points[comparison.iterations]
+    sample = next(iter(results.values())).last
     mean = accuracy(sample)
     wanted = {mean: "unlabelled: accuracy", "unlabelled/pass@8": "unlabelled: pass@8"}
     wanted |= {
         mean.replace("unlabelled", "heldout"): "held out: accuracy",
         "unlabelled/critic/auroc": "unlabelled: AUROC",
     }
-    shown = {
-        name: title
-        for name, title in wanted.items()
-        if any(name in r.last(comparison.iterations) for r in results.values())
-    }
+    shown = {name: title for name, title in wanted.items() if any(name in r.last for r in results.values())}
     tasks = list(comparison.tasks)
     size = (4.2 * len(shown), 3.6 * len(tasks))
     figure, axes = plt.subplots(len(tasks), len(shown), figsize=size, squeeze=False, constrained_layout=True)

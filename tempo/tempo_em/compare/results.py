@@ -2,7 +2,7 @@
 
 # Shape letters: R = runs (cells) of one arm
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ Point = dict[str, float]
 
 @dataclass(frozen=True)
 class Work:
-    """What a cell did in its EM loop up to the iteration that the table looks at."""
+    """What an EM loop has done by one of its iterations."""
 
     responses: int
     tokens: int
@@ -29,48 +29,73 @@ class Work:
 
 @dataclass(frozen=True)
 class Result:
-    """Evaluations of one cell by EM iteration, 0 being the start: {40: {"unlabelled/mean@16": 0.41, ...}}."""
+    """Evaluations of one cell by EM iteration, 0 being the start: {40: {"unlabelled/mean@16": 0.41, ...}}. The table shows the one
+    at iteration `at`, by which the cell had done `work`."""
 
     points: dict[int, Point]
+    at: int
     work: Work
 
-    def last(self, iteration: int) -> Point:
-        return self.points[iteration]
+    @property
+    def start(self) -> Point:
+        return self.points[0]
 
-    def best(self, iteration: int) -> Point:
-        """Of the evaluations up to `iteration` the one with the highest accuracy on unlabelled questions.
+    @property
+    def last(self) -> Point:
+        return self.points[self.at]
+
+    @property
+    def best(self) -> Point:
+        """Of the evaluations up to the last one the one with the highest accuracy on unlabelled questions.
 
         It takes the hidden answers to find: what a table of best checkpoints shows, not what anyone could choose.
         """
-        seen = [point for i, point in sorted(self.points.items()) if 0 < i <= iteration]
+        seen = [point for i, point in sorted(self.points.items()) if 0 < i <= self.at]
         return max(seen, key=lambda point: point[accuracy(point)])
 
 
 def accuracy(point: Point) -> str:
-    """The name of the mean accuracy on unlabelled questions, unlabelled/mean@16 for 16 samples."""
-    return next(name for name in point if name.startswith("unlabelled/mean@"))
+    """The name of the mean accuracy on unlabelled questions, unlabelled/mean@16 for 16 samples.
+
+    Raises UserError where they have no answers: nothing says then which arm is better.
+    """
+    names = [name for name in point if name.startswith("unlabelled/mean@")]
+    if not names:
+        raise UserError(
+            "the unlabelled questions have no answers, which a comparison needs for its audit; name their column"
+        )
+    return names[0]
 
 
 def read_results(comparison: Comparison, out: Path) -> dict[Cell, Result]:
-    """Every cell's result. Raises UserError when arms of one task did unequal work."""
+    """Every cell's result, for equal work: that of the first arm on the task after comparison.iterations, for the others at the
+    last evaluation by which they had sampled no more responses (methods that replace groups sample more in an iteration).
+
+    Raises UserError when work cannot be made equal.
+    """
     found: dict[Cell, Result] = {}
     for cell in all_cells(comparison):
         rows = [json.loads(line) for line in (out / cell.name / "metrics.jsonl").read_text().splitlines()]
         points = {i: _plain_names(row) for i, row in evaluation_points(rows)}
         start = begins_at(comparison, cell)
-        if start in found:
-            points[0] = found[start].points[0]
-        if comparison.iterations not in points:
+        if start in found and 0 not in points:
+            points[0] = found[start].start
+        budget = _work(rows, comparison.iterations).responses
+        first = comparison.arms_of(comparison.tasks[cell.task])[0]
+        if cell.arm != first:
+            budget = found[Cell(cell.task, cell.base, first, cell.seed)].work.responses
+        within = [i for i in points if 0 < i <= comparison.iterations and _work(rows, i).responses <= budget]
+        if not within or (cell.arm == first and comparison.iterations not in within):
             raise UserError(
                 f"{out / cell.name} was not evaluated after {comparison.iterations} iterations; choose an evaluation.every "
                 "that divides them"
             )
-        found[cell] = Result(dict(sorted(points.items())), _work(rows, comparison.iterations))
+        found[cell] = Result(dict(sorted(points.items())), max(within), _work(rows, max(within)))
     check_equal_work(comparison, found)
     return found
 
 
-def _plain_names(row: dict[str, Any]) -> Point:
+def _plain_names(row: Mapping[str, Any]) -> Point:
     """val-core/SET/acc/mean@16 and val-aux/SET/critic/auroc as SET/mean@16 and SET/critic/auroc."""
     names = {name: name.split("/", 1)[1].replace("/acc/", "/", 1) for name in row if name.startswith("val-")}
     return {plain: row[name] for name, plain in names.items() if row[name] is not None}
@@ -86,24 +111,20 @@ def _work(rows: Sequence[dict[str, Any]], iterations: int) -> Work:
 
 
 def check_equal_work(comparison: Comparison, found: dict[Cell, Result]) -> None:
-    """Raises UserError unless all cells of a task sampled equally many responses, and arms about equally many tokens."""
+    """Raises UserError unless the arms of each task sampled about as many responses and tokens as its first one."""
     for name, task in comparison.tasks.items():
-        responses = {cell: result.work.responses for cell, result in found.items() if cell.task == name}
-        if len(set(responses.values())) > 1:
-            low, high = min(responses, key=responses.__getitem__), max(responses, key=responses.__getitem__)
-            raise UserError(
-                f"unequal work is not compared: {low.name} sampled {responses[low]} responses, {high.name} {responses[high]}"
-            )
-        arms = comparison.arms_of(task)
-        tokens = {
-            arm: np.mean([r.work.tokens for c, r in found.items() if (c.task, c.arm) == (name, arm)]) for arm in arms
-        }
-        for arm in arms:
-            if abs(tokens[arm] / tokens[arms[0]] - 1) > comparison.token_tolerance:
-                raise UserError(
-                    f"unequal work is not compared: on {name}, {arm} sampled {tokens[arm]:.0f} tokens and {arms[0]} "
-                    f"{tokens[arms[0]]:.0f}; token_tolerance allows {comparison.token_tolerance:.0%}"
+        first, *others = comparison.arms_of(task)
+        for arm in others:
+            for what in ("responses", "tokens"):
+                ours, its = (
+                    sum(getattr(r.work, what) for c, r in found.items() if (c.task, c.arm) == (name, one))
+                    for one in (first, arm)
                 )
+                if abs(its / ours - 1) > comparison.tolerance:
+                    raise UserError(
+                        f"unequal work is not compared: on {name}, {arm} sampled {its} {what} and {first} {ours}; "
+                        f"tolerance allows {comparison.tolerance:.0%}"
+                    )
 
 
 def interval(values_R: Sequence[float], *, seed: int = 0) -> tuple[float, float, float]:

@@ -1,5 +1,6 @@
 """A comparison as strict models: which arms, on which tasks, from how many bases and seeds. See comparisons/*.yaml."""
 
+import functools
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,8 @@ from pydantic import Field, ValidationError, model_validator
 from tempo_engine.errors import UserError
 
 from tempo_em.loading import load_recipe, parse_yaml, yaml_word
-from tempo_em.recipe import Count, Positive, SetName, Strict
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_base import Count, Positive, SetName, Strict
 
 
 class Arm(Strict):
@@ -48,8 +50,8 @@ class Comparison(Strict):
     iterations: Positive = Field(description="of the EM loop, for every cell of the table")
     arms: dict[SetName, Arm] = Field(min_length=2)
     tasks: dict[SetName, Task] = Field(min_length=1)
-    token_tolerance: float = Field(
-        default=0.15, ge=0, description="sampled tokens of an arm may differ from the first arm's by this share"
+    tolerance: float = Field(
+        default=0.15, ge=0, description="sampled responses and tokens may differ from the first arm's by this share"
     )
 
     @model_validator(mode="after")
@@ -96,8 +98,18 @@ def load_comparison(where: str) -> tuple[str, Comparison]:
         raise UserError(f"{where}: {place + ': ' if place else ''}{said}") from error
     for task in comparison.tasks.values():
         for arm in comparison.arms_of(task):
-            load_recipe(task.recipe, settings_of(comparison.arms[arm], task))
+            recipe_of(task, comparison.arms[arm])
     return name, comparison
+
+
+def recipe_of(task: Task, arm: Arm) -> Recipe:
+    """Raises UserError when they make no recipe."""
+    return _resolved(task.recipe, tuple(settings_of(arm, task)))
+
+
+@functools.cache
+def _resolved(recipe: str, settings: tuple[str, ...]) -> Recipe:
+    return load_recipe(recipe, list(settings)).recipe
 
 
 def settings_of(arm: Arm, task: Task) -> list[str]:

@@ -10,7 +10,8 @@ from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
 from tempo_engine.tasks.swaps import Swaps
 
-from tempo_em.recipe import JsonlSource, Recipe, SignsSource, Source, SwapsSource
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
 
 # Beside its words a tokenizer for a fresh model has pad, end and unknown; without generators it has one token a byte.
 SPECIAL_TOKENS, BYTES = 3, 256

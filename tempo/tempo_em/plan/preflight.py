@@ -6,7 +6,8 @@ from pathlib import Path
 
 from tempo_em.plan.configs import model_config
 from tempo_em.plan.layout import check_positions
-from tempo_em.recipe import JsonlSource, Recipe
+from tempo_em.recipe import Recipe
+from tempo_em.recipe_data import JsonlSource
 
 
 def before_training(recipe: Recipe) -> list[str]:

@@ -1,10 +1,14 @@
 """The whole command on a miniature: cells from one start, tables, curves, going on after an interruption."""
 
 import json
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
-from tempo_em.compare.cells import all_cells, bases_of, begins_at, command, iterations_of
+from tempo_em.compare.cells import all_cells, begins_at, command, iterations_of, starts_of
 from tempo_em.compare.command import compare
 from tempo_em.compare.spec import load_comparison, packaged_comparisons
 from tempo_engine.errors import Halted, UserError
@@ -14,6 +18,7 @@ title: two arms
 iterations: 2
 arms:
   tempo: {method: tempo}
+  tempo_released: {method: tempo_released, set: {em.labelled_group_size: 8, estep.filter: none}}
   ttrl: {method: ttrl}
 tasks:
   signs:
@@ -45,12 +50,12 @@ def test_the_table_goes_between_its_marks_and_beside_every_number(finished: tupl
     assert "| ttrl |" in page
     assert (out / "comparison.png").stat().st_size > 10_000
     cells = json.loads((out / "comparison.json").read_text())["cells"]
-    assert [(c["seed"], c["arm"]) for c in cells] == [(0, "tempo"), (0, "ttrl"), (1, "tempo"), (1, "ttrl")]
-    assert [list(c["points"]) for c in cells] == [["0", "1", "2", "3"], ["0", "1", "2"]] + [["0", "1", "2"]] * 2
-    assert {c["responses"] for c in cells} == {128}, (
-        "the iterations of a longer cell that the table leaves out do not count"
-    )
-    assert len(said) == 5
+    assert [(c["arm"], c["seed"]) for c in cells] == [
+        ("tempo", 0), ("tempo", 1), ("tempo_released", 0), ("tempo_released", 1), ("ttrl", 0), ("ttrl", 1),
+    ]  # fmt: skip
+    assert [list(c["points"]) for c in cells] == [["0", "1", "2", "3"]] + [["0", "1", "2"]] * 5
+    assert {(c["at"], c["responses"]) for c in cells} == {(2, 128)}, "what a longer cell did after that does not count"
+    assert len(said) == 8, "six cells, the start of tempo, and that of a critic with other targets"
 
 
 def test_arms_of_a_seed_share_their_start_and_seeds_have_questions_of_their_own(
@@ -59,6 +64,9 @@ def test_arms_of_a_seed_share_their_start_and_seeds_have_questions_of_their_own(
     _, out, _ = finished
     cells = {(c["seed"], c["arm"]): c for c in json.loads((out / "comparison.json").read_text())["cells"]}
     assert cells[0, "tempo"]["points"]["0"] == cells[0, "ttrl"]["points"]["0"] != cells[1, "tempo"]["points"]["0"]
+    own = cells[0, "tempo_released"]["points"]["0"]
+    assert own["unlabelled/mean@8"] == cells[0, "tempo"]["points"]["0"]["unlabelled/mean@8"], "the same policy"
+    assert own["unlabelled/critic/brier"] != cells[0, "tempo"]["points"]["0"]["unlabelled/critic/brier"]
     prompts = [
         {json.loads(line)["prompt"] for line in (out / f"signs/base0/seed{seed}/tempo/samples.jsonl").open()}
         for seed in (0, 1)
@@ -89,14 +97,34 @@ def test_a_cell_that_fails_is_named_and_the_others_are_run(tmp_path: Path) -> No
     assert (out / "signs/base0/seed0/tempo/summary.json").is_file()
 
 
+def test_a_terminated_comparison_takes_its_cells_with_it_and_goes_on_later(tmp_path: Path) -> None:
+    path, out = tmp_path / "mini.yaml", tmp_path / "runs"
+    path.write_text(MINIATURE.replace("seeds: [0, 1]", "seeds: [0]").replace("steps: 20", "steps: 4000"))
+    command = [sys.executable, "-m", "tempo_em", "compare", str(path), "--out", str(out), "--jobs", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    cell = out / "signs/base0/start-tempo"
+    while not (cell / "metrics.jsonl").is_file():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert not is_running(cell)
+    assert list((cell / "checkpoints").iterdir()), "it saved before it left"
+    assert not (cell / "summary.json").exists()
+
+
+def is_running(cell: Path) -> bool:
+    return any(str(cell) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
+
+
 @pytest.mark.parametrize("name", packaged_comparisons())
 def test_every_packaged_comparison_can_be_run(name: str) -> None:
     _, comparison = load_comparison(name)
     cells = all_cells(comparison)
-    assert len({cell.name for cell in (*cells, *bases_of(comparison))}) == len(cells) + len(bases_of(comparison))
+    assert len({cell.name for cell in (*cells, *starts_of(comparison))}) == len(cells) + len(starts_of(comparison))
     for cell in cells:
         start = begins_at(comparison, cell)
-        assert start in bases_of(comparison) or cells.index(start) < cells.index(cell)  # pyright: ignore[reportArgumentType]
+        assert start in starts_of(comparison) or cells.index(start) < cells.index(cell)  # pyright: ignore[reportArgumentType]
         every = next((s for s in command(comparison, cell, Path()) if s.startswith("--set=evaluation.every=")), "=20")
         assert comparison.iterations % (int(every.rsplit("=", 1)[1]) or iterations_of(comparison, cell)) == 0
 
@@ -106,7 +134,7 @@ def test_every_packaged_comparison_can_be_run(name: str) -> None:
     [
         (("recipe: tiny", "recipe: tinny"), r"there is no recipe 'tinny' \(did you mean tiny"),
         (("method: ttrl", "method: trl"), r"method 'trl' is not known"),
-        (("arms: [tempo]", "arms: [grpo]"), r"tasks\.signs names the arm 'grpo'; arms: tempo, ttrl"),
+        (("arms: [tempo]", "arms: [grpo]"), r"tasks\.signs names the arm 'grpo'; arms: tempo, tempo_released, ttrl"),
         (("iterations: 3", "iterations: 1"), r"tasks\.signs\.long\.iterations is less than"),
         (("bases: [0]", "bases: []"), r"mini.yaml: tasks\.signs\.bases: "),
         (("title: two arms", "title: {"), r"mini.yaml is not valid YAML"),

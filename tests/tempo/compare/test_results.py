@@ -34,14 +34,16 @@ def write_cell(
     """A cell's metrics.jsonl; the start is among the evaluations of the first arm only. One iteration before each evaluation."""
 
     def evaluation(label: str, value: float) -> dict[str, Any]:
-        return {"evaluation": label, "val-core/unlabelled/acc/mean@4": value, "val-aux/unlabelled/critic/auroc": None}
+        critic = {"auroc": None, "brier": 0.25}
+        row = {f"val-aux/unlabelled/critic/{name}": metric for name, metric in critic.items()}
+        return {"evaluation": label, "val-core/unlabelled/acc/mean@4": value} | (row if arm == "tempo" else {})
 
     rows: list[dict[str, Any]] = [evaluation("start", start)] if arm == "tempo" else []
     for i, value in enumerate(accuracies, start=1):
         work = {"rollout/responses": responses, "tokens/generated": tokens, "timing_s/step": 1.5}
         rows += [{"stage": "em", "iteration": i, **work}]
         rows += [evaluation("final" if i == len(accuracies) else f"em/{i}", value)]
-    folder = out / Cell("signs", 0, seed, arm).name
+    folder = out / Cell("signs", 0, arm, seed).name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -51,10 +53,10 @@ def test_last_and_best_are_those_up_to_the_tables_iteration(tmp_path: Path) -> N
         write_cell(tmp_path, seed, "tempo", [0.5, 0.4, 0.9])  # went on for a third iteration
         write_cell(tmp_path, seed, "ttrl", [0.3, 0.1])
     results = read_results(COMPARISON, tmp_path)
-    tempo, ttrl = results[Cell("signs", 0, 0, "tempo")], results[Cell("signs", 0, 0, "ttrl")]
-    assert tempo.last(2) == {"unlabelled/mean@4": 0.4}
-    assert tempo.best(2) == {"unlabelled/mean@4": 0.5}
-    assert ttrl.points[0] == tempo.points[0] == {"unlabelled/mean@4": 0.2}
+    tempo, ttrl = results[Cell("signs", 0, "tempo", 0)], results[Cell("signs", 0, "ttrl", 0)]
+    assert tempo.last == {"unlabelled/mean@4": 0.4, "unlabelled/critic/brier": 0.25}
+    assert tempo.best["unlabelled/mean@4"] == 0.5
+    assert ttrl.start == tempo.start
     assert (tempo.work.responses, tempo.work.tokens, tempo.work.seconds) == (16, 200, 3.0)
     assert tables(COMPARISON, results).splitlines()[2:7] == [
         "|  | against tempo | unlabelled mean@4 | unlabelled mean@4, best |",
@@ -63,17 +65,32 @@ def test_last_and_best_are_those_up_to_the_tables_iteration(tmp_path: Path) -> N
         "| tempo |  | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] |",
         "| ttrl | -0.300 [-0.300, -0.300] | 0.100 [0.100, 0.100] | 0.300 [0.300, 0.300] |",
     ]
+    critic = [line.split(" | ") for line in tables(COMPARISON, results).splitlines()[10:12]]
+    assert [(row[0], row[2], row[-3:]) for row in critic] == [
+        ("| tempo", "0.250 [0.250, 0.250]", ["16", "0k", "3 |"]),
+        ("| ttrl", "", ["16", "0k", "3 |"]),
+    ]
+
+
+def test_an_arm_that_samples_more_in_an_iteration_is_read_earlier(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_cell(tmp_path, seed, "tempo", [0.5, 0.4], responses=9)
+        write_cell(
+            tmp_path, seed, "ttrl", [0.3, 0.1], responses=16, tokens=200
+        )  # 16 of 18 after one iteration, then 32
+    result = read_results(COMPARISON, tmp_path)[Cell("signs", 0, "ttrl", 0)]
+    assert (result.at, result.work.responses, result.last) == (1, 16, {"unlabelled/mean@4": 0.3})
 
 
 def test_unequal_work_is_refused(tmp_path: Path) -> None:
     for seed in (0, 1):
         write_cell(tmp_path / "responses", seed, "tempo", [0.5, 0.4])
-        write_cell(tmp_path / "responses", seed, "ttrl", [0.3, 0.1], responses=8 + seed)
+        write_cell(tmp_path / "responses", seed, "ttrl", [0.3, 0.1], responses=9 + seed)
         write_cell(tmp_path / "tokens", seed, "tempo", [0.5, 0.4])
         write_cell(tmp_path / "tokens", seed, "ttrl", [0.3, 0.1], tokens=116)
-    with pytest.raises(UserError, match=r"base0/seed0/tempo sampled 16 responses, signs/base0/seed1/ttrl 18"):
+    with pytest.raises(UserError, match=r"on signs, ttrl sampled 19 responses and tempo 32; tolerance allows 15%"):
         read_results(COMPARISON, tmp_path / "responses")
-    with pytest.raises(UserError, match=r"ttrl sampled 232 tokens and tempo 200; token_tolerance allows 15%"):
+    with pytest.raises(UserError, match=r"on signs, ttrl sampled 464 tokens and tempo 400; tolerance allows 15%"):
         read_results(COMPARISON, tmp_path / "tokens")
 
 

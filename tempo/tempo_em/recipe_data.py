@@ -1,0 +1,88 @@
+"""`data` of a recipe: where questions come from."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from tempo_em.recipe_base import Count, NoiseRate, Positive, SetName, Strict
+
+
+class GeneratedSource(Strict):
+    """What all generated sources have."""
+
+    count: Positive
+    shots: Count = Field(
+        default=0,
+        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
+    )
+
+
+class SignsSource(GeneratedSource):
+    """Generated: signs to target (see tempo_engine.tasks.signs)."""
+
+    generator: Literal["signs"]
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
+    largest: int = Field(default=6, ge=1, le=99)
+    unique: bool = Field(default=False, description="only questions with exactly one right answer")
+
+
+class SwapsSource(GeneratedSource):
+    """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
+
+    generator: Literal["swaps"]
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
+    unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
+
+
+class SumsSource(GeneratedSource):
+    """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
+
+    generator: Literal["sums"]
+    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
+    largest: int = Field(default=9, ge=1, le=999)
+
+
+class JsonlSource(Strict):
+    """A JSONL file: one object a line."""
+
+    jsonl: Path
+    prompt: str = Field(default="prompt", description="column with the prompt: text or chat messages")
+    answer: str | None = Field(default="answer", description="column with the answer, or null when there is none")
+    extract: Literal["boxed", "answer_line", "whole"] = Field(
+        default="boxed", description="where a response states its answer"
+    )
+    limit: Positive | None = Field(default=None, description="read at most this many questions")
+
+
+def _source_tag(value: Any) -> str:
+    fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})
+    return "jsonl" if "jsonl" in fields else str(fields.get("generator", "jsonl"))
+
+
+Source = Annotated[
+    Annotated[SignsSource, Tag("signs")]
+    | Annotated[SwapsSource, Tag("swaps")]
+    | Annotated[SumsSource, Tag("sums")]
+    | Annotated[JsonlSource, Tag("jsonl")],
+    Discriminator(_source_tag),
+]
+
+
+class DataRecipe(Strict):
+    """Three kinds of prompts. Answers of `unlabelled`, where they exist, are used for audit metrics only."""
+
+    labelled: Source
+    unlabelled: Source
+    evaluation: dict[SetName, Source] = Field(
+        default={}, description="further sets by name, for example labelled_heldout"
+    )
+    label_noise: NoiseRate = Field(
+        default=0.0, description="an experiment: so many labelled questions have their training verdicts turned round"
+    )
+
+    @model_validator(mode="after")
+    def names(self) -> "DataRecipe":
+        if "unlabelled" in self.evaluation:
+            raise ValueError("evaluation.unlabelled is reserved for the audit of data.unlabelled; choose another name")
+        return self
