@@ -62,7 +62,7 @@ def export_critic(critic: Critic, tokenizer: Any, folder: Path) -> None:
 
 def save_skeleton(policy: Policy, tokenizer: Any, folder: Path) -> None:
     """What an export has beside weights: config, generation config, tokenizer. For one rank."""
-    with _in_one_piece(folder) as temporary:
+    with in_one_piece(folder) as temporary:
         policy.model.config.save_pretrained(temporary)
         policy.model.generation_config.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -190,7 +190,7 @@ def _export_policy(model: PreTrainedModel, tokenizer: Any, folder: Path, dtype: 
     if parallel.is_main():
         blank = blank_like(model, dtype)
         blank.generation_config = model.generation_config
-        with _in_one_piece(folder) as temporary:
+        with in_one_piece(folder) as temporary:
             _save(blank, weights, temporary, as_published=True)
             tokenizer.save_pretrained(temporary)
     parallel.wait_for_all()
@@ -204,7 +204,7 @@ def _export_critic(
     if len(bias) > 1:  # linear ones: their mean is a head
         weight, bias = weight.view(len(bias), -1).mean(0), bias.mean(0, keepdim=True)
     if parallel.is_main():
-        with _in_one_piece(folder) as temporary:
+        with in_one_piece(folder) as temporary:
             try:
                 model, layer = _classifier(trunk, dtype)
             except ValueError:  # transformers has no such class for this architecture, or one of another make
@@ -249,7 +249,7 @@ def _save(model: PreTrainedModel, weights: dict[str, Tensor], folder: Path, *, a
 
 
 @contextmanager
-def _in_one_piece(folder: Path) -> Iterator[Path]:
+def in_one_piece(folder: Path) -> Iterator[Path]:
     """A folder to write into that becomes `folder` only when everything in it is written."""
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)

@@ -54,7 +54,7 @@ def to_prompts(questions: Sequence[Question], tokenizer: Any, *, max_tokens: int
     prompts = []
     for question in questions:
         if isinstance(question.content, str):
-            text = question.content
+            text = question.shown or question.content
             ids = tokenizer(text)["input_ids"]
         else:
             if not getattr(tokenizer, "chat_template", None):
@@ -71,6 +71,17 @@ def to_prompts(questions: Sequence[Question], tokenizer: Any, *, max_tokens: int
             )
         prompts.append(Prompt(question.id, text, tuple(ids)))
     return prompts
+
+
+def single_token(tokenizer: Any, text: str) -> int:
+    """The token that is exactly this text. Raises UserError when there is none."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    # Some tokenizers have one token for all that they do not know, or write spaces of their own.
+    if len(ids) != 1 or tokenizer.decode(ids) != text:
+        raise UserError(
+            f"rollout.stop takes texts that are one token each, {text!r} is not for this model's tokenizer ({len(ids)} tokens)"
+        )
+    return ids[0]
 
 
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:

@@ -1,5 +1,6 @@
 """Recipe -> the parts of a run. Everything a user can get wrong is found here, before a run folder exists."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,12 +20,13 @@ from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
 from tempo_engine.tasks.answers import EXTRACTORS, Extract
+from tempo_engine.tasks.few_shot import FewShot
 from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
 from tempo_engine.tasks.swaps import Swaps
-from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
+from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
 from tempo_engine.weights import (
@@ -192,6 +194,8 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
         generator = Swaps(source.terms, source.unique)
     else:
         generator = Sums(source.terms, source.largest)
+    if source.shots:
+        generator = FewShot(generator, source.shots)
     return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
 
 
@@ -262,7 +266,7 @@ def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
 def _sampler(recipe: Recipe, policy: Policy, tokenizer: Any) -> Sampler:
     how = recipe.rollout
     options: dict[str, Any] = {
-        "stop_ids": stop_ids(policy, tokenizer), "decode": decoder(tokenizer), "max_new_tokens": how.max_new_tokens,
+        "stop_ids": stop_ids(policy, tokenizer, how.stop), "decode": decoder(tokenizer), "max_new_tokens": how.max_new_tokens,
         "temperature": how.temperature, "top_p": how.top_p, "top_k": how.top_k, "seed": recipe.loop_seed,
     }  # fmt: skip
     if how.backend == "local":
@@ -272,14 +276,14 @@ def _sampler(recipe: Recipe, policy: Policy, tokenizer: Any) -> Sampler:
     return SGLangSampler(servers, **options)
 
 
-def stop_ids(policy: Policy, tokenizer: Any) -> list[int]:
-    """Tokens that end a response: those of the model's generation config, and the tokenizer's end of sequence."""
+def stop_ids(policy: Policy, tokenizer: Any, stop: Sequence[str] = ()) -> list[int]:
+    """Tokens that end a response: those of the model's generation config, the tokenizer's end of sequence, and those of `stop`."""
     configured = getattr(policy.model.generation_config, "eos_token_id", None)
     ids = set(configured if isinstance(configured, list) else [configured]) | {tokenizer.eos_token_id}
     found = sorted(i for i in ids if i is not None)
     if not found:
         raise UserError("neither the model's generation config nor its tokenizer names an end-of-sequence token")
-    return found
+    return sorted({*found, *(single_token(tokenizer, text) for text in stop)})
 
 
 def _optimizer(parameters: Any, how: OptimRecipe, total_steps: int) -> Optimizer:

@@ -1,4 +1,4 @@
-"""tempo-engine: train, compare, eval, recipes, export, plan, doctor, bench. Only commands import torch: --help is quick."""
+"""tempo-engine: train, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is quick."""
 
 import sys
 from pathlib import Path
@@ -100,6 +100,17 @@ def export(
     from tempo_em.commands import export_command
 
     raise typer.Exit(export_command(run, target, step))
+
+
+@app.command(name="import")
+def import_model(
+    gguf: Annotated[str, typer.Argument(help="A .gguf file, or the name of an installed package that brings one.")],
+    target: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder, for model.path of a recipe.")],
+) -> None:
+    """Write a GGUF file's model as a Hugging Face directory, its weights dequantised."""
+    from tempo_em.commands import import_command
+
+    raise typer.Exit(import_command(gguf, target))
 
 
 @app.command()

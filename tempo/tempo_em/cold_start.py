@@ -49,7 +49,7 @@ class ColdStart:
         kinds = rng.choices(list(how.mix), weights=list(how.mix.values()), k=how.batch_size)
         questions = [self._question(row, rng) for row in range(how.batch_size)]
         traces = [self.generator.trace(q, kind, rng) for q, kind in zip(questions, kinds, strict=True)]
-        texts = [str(question.content) for question in questions]
+        texts = [question.shown or str(question.content) for question in questions]
         prompt_ids = self.tokenizer(texts)["input_ids"]
         trace_ids = self.tokenizer(traces, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id

@@ -220,6 +220,14 @@ def export_command(run_dir: Path, target: Path, step: int | None) -> None:
 
 
 @_exit_codes
+def import_command(where: str, target: Path) -> None:
+    from tempo_engine.gguf import find_gguf, import_gguf
+
+    import_gguf(find_gguf(where), target)
+    print(f"wrote {target}")
+
+
+@_exit_codes
 def plan_command(
     recipe: str, settings: list[str], gpu: str | None, gpus: int | None, nodes: int, json_file: Path | None
 ) -> int:

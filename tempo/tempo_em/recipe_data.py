@@ -5,33 +5,40 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tempo_em.recipe_base import NoiseRate, Positive, SetName, Strict
+from tempo_em.recipe_base import Count, NoiseRate, Positive, SetName, Strict
 
 
-class SignsSource(Strict):
+class GeneratedSource(Strict):
+    """What all generated sources have."""
+
+    count: Positive
+    shots: Count = Field(
+        default=0,
+        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
+    )
+
+
+class SignsSource(GeneratedSource):
     """Generated: signs to target (see tempo_engine.tasks.signs)."""
 
     generator: Literal["signs"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
     largest: int = Field(default=6, ge=1, le=99)
     unique: bool = Field(default=False, description="only questions with exactly one right answer")
 
 
-class SwapsSource(Strict):
+class SwapsSource(GeneratedSource):
     """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
 
     generator: Literal["swaps"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
     unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
 
 
-class SumsSource(Strict):
+class SumsSource(GeneratedSource):
     """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
 
     generator: Literal["sums"]
-    count: Positive
     terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
     largest: int = Field(default=9, ge=1, le=999)
 

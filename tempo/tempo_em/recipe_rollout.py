@@ -81,6 +81,10 @@ class RolloutRecipe(Strict):
     top_k: Count = Field(default=0, description="0: off")
     max_prompt_tokens: Positive = 2048
     max_new_tokens: Positive = 1024
+    stop: tuple[str, ...] = Field(
+        default=(),
+        description='texts, one token each, that end a response as its end of sequence does: ["\\n"] for one line',
+    )
     max_running: Positive = Field(default=512, description="sequences that decode at a time, in each server")
     ahead: Count = Field(
         default=0, description="iterations that are sampled while earlier ones train: bounds staleness; 0: none, exact"

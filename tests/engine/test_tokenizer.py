@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.question import Question
-from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, to_prompts, word_tokenizer
+from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
 
 BYTES = byte_tokenizer()
 
@@ -28,6 +28,23 @@ def test_any_text_survives_the_byte_tokenizer(text: str) -> None:
     ids = BYTES(text)["input_ids"]
     assert len(ids) == len(text.encode())
     assert decoder(BYTES)(ids) == text
+
+
+@pytest.mark.parametrize("text", ["\n", "7", " ", "<end>"])
+def test_a_text_that_is_one_token_is_found(text: str) -> None:
+    assert BYTES.decode([single_token(BYTES, text)]) == text
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "é", "ab"])
+def test_a_text_of_no_token_or_several_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"rollout\.stop takes texts that are one token each"):
+        single_token(BYTES, text)
+
+
+@pytest.mark.parametrize("text", ["\n", "b"])
+def test_a_text_that_words_do_not_spell_is_no_token_of_theirs(text: str) -> None:
+    with pytest.raises(UserError, match="is not for this model's tokenizer"):
+        single_token(word_tokenizer(["a"]), text)
 
 
 def test_a_saved_tokenizer_loads_again(tmp_path: Path) -> None:

@@ -197,6 +197,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
             {"data": {**data, "unlabelled": {"generator": "signs", "count": 999, "terms": [2], "largest": 2}}},
             "lower count",
         ),
+        "a stop of two words": (
+            {"rollout": {"max_prompt_tokens": 8, "max_new_tokens": 8, "stop": ["\n"]}},
+            "rollout.stop takes texts that are one token each, '\\n' is not",
+        ),
         "trace kind": ({"cold_start": {"steps": 5, "mix": {"wrong": 1.0}}}, "this generator writes right, miss, fudge"),
     }
 

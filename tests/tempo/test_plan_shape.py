@@ -33,6 +33,7 @@ def small(model_type: str, **changes: Any) -> dict[str, Any]:
         ("Qwen3-14B-Base", 14_768_307_200),
         ("Olmo-3-1025-7B", 7_298_011_136),
         ("Mistral-Large-Instruct-2411", 122_610_069_504),
+        ("SmolLM2-135M-Instruct", 134_515_008),
     ],
 )
 def test_packaged_configs_have_the_published_number_of_parameters(name: str, parameters: int) -> None:

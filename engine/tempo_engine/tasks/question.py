@@ -15,11 +15,13 @@ Split = Literal["labelled", "unlabelled", "heldout"]
 class Question:
     """A question before tokenisation: Question("3 5 = (8)", answers=frozenset({"+3+5"})).
 
-    `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known.
+    `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known. `shown`: the
+    prompt's text where that is more than the content, such as worked questions before it.
     """
 
     content: str | tuple[tuple[str, str], ...]
     answers: frozenset[str] = frozenset()
+    shown: str = ""
 
     @property
     def id(self) -> str:
