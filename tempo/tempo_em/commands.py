@@ -22,7 +22,7 @@ from tempo_engine.errors import Halted, Interrupted, NonFinite, UserError
 
 from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.launch import is_rank, launch, report_exit_code
-from tempo_em.loading import ResolvedRecipe, load_recipe, packaged_recipes
+from tempo_em.loading import ResolvedRecipe, load_recipe, packaged
 from tempo_em.presets import PRESETS
 
 P = ParamSpec("P")
@@ -175,21 +175,21 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
 
 @_exit_codes
 def recipes_command(copy: str | None) -> None:
-    packaged = packaged_recipes()
+    ready = packaged("recipes")
     if copy is None:
         print("recipes:")
-        for name, text in packaged.items():
+        for name, text in ready.items():
             print(f"  {name:18} {text.splitlines()[0].lstrip('# ')}")
         print("methods (method: NAME in a recipe, or --set method=NAME):")
         for name, (description, _) in PRESETS.items():
             print(f"  {name:18} {description}")
         return
-    if copy not in packaged:
-        raise UserError(f"there is no packaged recipe {copy!r}; recipes: {', '.join(packaged)}")
+    if copy not in ready:
+        raise UserError(f"there is no packaged recipe {copy!r}; recipes: {', '.join(ready)}")
     target = Path(f"{copy}.yaml")
     if target.exists():
         raise UserError(f"{target} exists already; move it away first")
-    target.write_text(packaged[copy], encoding="utf-8")
+    target.write_text(ready[copy], encoding="utf-8")
     print(f"wrote {target}; run it with: tempo-engine train {target}")
 
 

@@ -7,7 +7,7 @@ import typing
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -33,9 +33,9 @@ class ResolvedRecipe:
         return "\n".join(_annotated(self.recipe.model_dump(mode="json"), self.origin, "", 0)) + "\n"
 
 
-def packaged_recipes() -> dict[str, str]:
-    """Name -> text of the recipes that ship with the package."""
-    folder = resources.files("tempo_em") / "recipes"
+def packaged(kind: Literal["recipes", "comparisons"]) -> dict[str, str]:
+    """Name -> text of the YAML files of a kind that ship with the package."""
+    folder = resources.files("tempo_em") / kind
     found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
     return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found}
 
@@ -63,7 +63,7 @@ def load_recipe(where: str, settings: list[str], overrides: list[tuple[str, Any]
 
     Raises UserError with one sentence for anything wrong in it.
     """
-    packaged = packaged_recipes()
+    ready = packaged("recipes")
     path = Path(where)
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
@@ -73,12 +73,10 @@ def load_recipe(where: str, settings: list[str], overrides: list[tuple[str, Any]
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError(f"the recipe {where} is not UTF-8 text") from error
-    elif where in packaged:
-        name, text, base = where, packaged[where], Path()
+    elif where in ready:
+        name, text, base = where, ready[where], Path()
     else:
-        raise UserError(
-            f"there is no recipe {where!r}{_closest(where, packaged)}; packaged recipes: {', '.join(packaged)}"
-        )
+        raise UserError(f"there is no recipe {where!r}{_closest(where, ready)}; packaged recipes: {', '.join(ready)}")
     try:
         from_file = parse_yaml(text)
     except yaml.YAMLError as error:

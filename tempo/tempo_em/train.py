@@ -179,7 +179,8 @@ class Training:
 
     def _evaluate_at_start(self, stage: str) -> None:
         """`base` is the policy before any reinforcement, `start` the one the EM loop begins with."""
-        if stage == "critic_warmup" and "base" not in self.evaluations:
+        first = len(self.stages) - len(self.parts.stages)
+        if self.stage == first and "base" not in self.evaluations:
             self._evaluate("base", with_critic=False)
         if stage == "em" and self.iteration == 0:
             self.loop.freeze_critic()

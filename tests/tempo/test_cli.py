@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from tempo_em.commands import train_command
-from tempo_em.loading import packaged_recipes
+from tempo_em.loading import packaged
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -22,7 +22,7 @@ def tempo(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 def tiny(**changes: object) -> dict[str, object]:
-    return {**yaml.safe_load(packaged_recipes()["tiny"]), **changes}
+    return {**yaml.safe_load(packaged("recipes")["tiny"]), **changes}
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_a_dry_run_builds_everything_and_writes_nothing(tmp_path: Path) -> None:
 
 def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
     """Recipes that cannot work, and a part of the sentence that says so."""
-    data = yaml.safe_load(packaged_recipes()["tiny"])["data"]
+    data = yaml.safe_load(packaged("recipes")["tiny"])["data"]
     (folder / "broken.jsonl").write_text('{"prompt": "1 + 1", "answer": "2"}\nnot json\n')
     (folder / "empty.jsonl").write_text("")
     (folder / "unanswered.jsonl").write_text('{"prompt": "1 + 1"}\n')

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tempo_em.loading import load_recipe, packaged_recipes, parse_setting, resolve
+from tempo_em.loading import load_recipe, packaged, parse_setting, resolve
 from tempo_em.presets import PRESETS
 from tempo_engine.errors import UserError
 
@@ -245,7 +245,7 @@ def test_a_malformed_setting_is_refused(setting: str) -> None:
         parse_setting(setting)
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("name", packaged("recipes"))
 @pytest.mark.parametrize("method", PRESETS)
 def test_every_packaged_recipe_runs_every_method_by_changing_one_line(name: str, method: str) -> None:
     # Only a critic on the policy's trunk cannot be frozen.

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from tempo_em.cli import app
 from tempo_em.commands import plan_command, train_command
-from tempo_em.loading import load_recipe, packaged_recipes
+from tempo_em.loading import load_recipe, packaged
 from tempo_em.plan import make_plan
 from tempo_em.plan.configs import packaged_models
 from typer.testing import CliRunner
@@ -30,7 +30,7 @@ def plan(recipe: str, *settings: str, gpu: str | None = None, gpus: int | None =
 
 @pytest.mark.parametrize("name", REAL)
 def test_the_recipes_of_real_models_fit_on_the_machines_they_name(name: str, tmp_path: Path) -> None:
-    assert "8 x 80 GB" in packaged_recipes()[name].splitlines()[0]
+    assert "8 x 80 GB" in packaged("recipes")[name].splitlines()[0]
     code, found = plan(name, nodes=64 if name == "mistral-large-aime" else 1, to=tmp_path)
     assert code == 0
     assert found["machine"] == "h100"
@@ -45,7 +45,7 @@ def test_the_engines_own_sampler_fits_as_well(name: str) -> None:
     assert make_plan(recipe, gpu="h100", per_node=8).most_running >= recipe.em.group_size
 
 
-@pytest.mark.parametrize("name", packaged_recipes())
+@pytest.mark.parametrize("name", packaged("recipes"))
 def test_every_packaged_recipe_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan_command(name, [], None, None, 64 if name == "mistral-large-aime" else 1, None) == 0
     page = capsys.readouterr().out

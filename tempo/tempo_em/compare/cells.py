@@ -12,8 +12,7 @@ from pathlib import Path
 
 from tempo_engine.errors import Halted
 
-from tempo_em.compare.spec import Comparison, recipe_of, settings_of
-from tempo_em.run_folder import can_share_start
+from tempo_em.compare.spec import Comparison, settings_of, share_start
 
 
 @dataclass(frozen=True, order=True)
@@ -65,8 +64,7 @@ def begins_at(comparison: Comparison, cell: Cell) -> Cell | None:
     if cell.seed is None:
         return None
     task, arms = comparison.tasks[cell.task], comparison.arms
-    recipe = recipe_of(task, arms[cell.arm])
-    leader = next(arm for arm in comparison.arms_of(task) if can_share_start(recipe_of(task, arms[arm]), recipe))
+    leader = next(arm for arm in comparison.arms_of(task) if share_start(task, arms[arm], arms[cell.arm]))
     return replace(cell, seed=None) if leader == cell.arm else replace(cell, arm=leader)
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from tempo_engine.errors import UserError
 
-from tempo_em.compare.cells import Cell, iterations_of
-from tempo_em.compare.results import Point, Result, accuracy, interval
+from tempo_em.compare.cells import iterations_of
+from tempo_em.compare.results import Point, Result, Results, accuracy, interval, runs_of
 from tempo_em.compare.spec import Comparison
 
 ACCURACY = ("{}/mean@", "{}/pass@8", "{}/maj@", "{}/distinct_answers")
@@ -18,7 +18,6 @@ SHOWN_SETS = ("unlabelled", "heldout")
 COLOURS = (
     "#0b6e99", "#d9730d", "#6940a5", "#0f7b6c", "#ad1a72", "#9b9a97", "#b8860b", "#e03e3e", "#37352f", "#5b8def",
 )  # fmt: skip
-Results = dict[Cell, Result]
 
 
 def tables(comparison: Comparison, results: Results) -> str:
@@ -61,7 +60,7 @@ def _critic_table(results: Results, task: str, arms: list[str]) -> str:
     columns = [f"{s}/{metric}" for s in SHOWN_SETS for metric in CRITIC]
     rows = []
     for arm in arms:
-        cells = [r for c, r in results.items() if (c.task, c.arm) == (task, arm)]
+        cells = runs_of(results, task, arm).values()
         values = [_cell([r.last[c] for r in cells]) if all(c in r.last for r in cells) else "" for c in columns]
         work = [
             sum(w) / len(cells)
@@ -78,8 +77,7 @@ def _names(sample: Point, set_name: str) -> list[str]:
 
 
 def _values(results: Results, task: str, arm: str, read: Callable[[Result], float]) -> list[float]:
-    """One value a run, in the order of bases and seeds, alike for every arm."""
-    return [read(results[cell]) for cell in sorted(results) if (cell.task, cell.arm) == (task, arm)]
+    return [read(run) for run in runs_of(results, task, arm).values()]
 
 
 def _cell(values: Sequence[float], form: str = ".3f") -> str:
@@ -151,9 +149,8 @@ def _lines(
 ) -> Iterator[tuple[tuple[str, str], list[dict[int, float]]]]:
     """(arm, colour) and, for each of its cells, iteration -> value; arms without the metric are left out."""
     for arm, colour in zip(comparison.arms_of(comparison.tasks[task]), COLOURS * 9, strict=False):
-        cells = [cell for cell in sorted(results) if (cell.task, cell.arm) == (task, arm)]
-        cells.sort(key=lambda cell: iterations_of(comparison, cell))
-        lines = [{i: p[name] for i, p in results[c].points.items() if name in p} for c in cells]
+        runs = sorted(runs_of(results, task, arm).items(), key=lambda run: iterations_of(comparison, run[0]))
+        lines = [{i: p[name] for i, p in result.points.items() if name in p} for _, result in runs]
         if all(lines):
             yield (arm, colour), lines
 

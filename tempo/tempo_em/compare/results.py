@@ -1,14 +1,14 @@
 """What finished cells have measured, and whether they may be compared: pure reading, no model."""
 
 # Shape letters: R = runs (cells) of one arm
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tempo_engine.errors import UserError
+from tempo_engine.tracking import MetricsFile
 
 from tempo_em.compare.cells import Cell, all_cells, begins_at
 from tempo_em.compare.spec import Comparison
@@ -67,25 +67,32 @@ def accuracy(point: Point) -> str:
     return names[0]
 
 
-def read_results(comparison: Comparison, out: Path) -> dict[Cell, Result]:
+Results = dict[Cell, Result]
+
+
+def runs_of(results: Results, task: str, arm: str) -> dict[Cell, Result]:
+    """An arm's runs on a task, in the order of bases and seeds, alike for every arm."""
+    return {cell: results[cell] for cell in sorted(results) if (cell.task, cell.arm) == (task, arm)}
+
+
+def read_results(comparison: Comparison, out: Path) -> Results:
     """Every cell's result, for equal work: that of the first arm on the task after comparison.iterations, for the others at the
     last evaluation by which they had sampled no more responses (methods that replace groups sample more in an iteration).
 
     Raises UserError when work cannot be made equal.
     """
-    found: dict[Cell, Result] = {}
+    found: Results = {}
     for cell in all_cells(comparison):
-        rows = [json.loads(line) for line in (out / cell.name / "metrics.jsonl").read_text().splitlines()]
+        rows = MetricsFile(out / cell.name / "metrics.jsonl").rows()
         points = {i: _plain_names(row) for i, row in evaluation_points(rows)}
         start = begins_at(comparison, cell)
         if start in found and 0 not in points:
             points[0] = found[start].start
-        budget = _work(rows, comparison.iterations).responses
-        first = comparison.arms_of(comparison.tasks[cell.task])[0]
-        if cell.arm != first:
-            budget = found[Cell(cell.task, cell.base, first, cell.seed)].work.responses
+        leads = cell.arm == (first := comparison.arms_of(comparison.tasks[cell.task])[0])
+        work = _work(rows, comparison.iterations) if leads else found[replace(cell, arm=first)].work
+        budget = work.responses
         within = [i for i in points if 0 < i <= comparison.iterations and _work(rows, i).responses <= budget]
-        if not within or (cell.arm == first and comparison.iterations not in within):
+        if not within or (leads and comparison.iterations not in within):
             raise UserError(
                 f"{out / cell.name} was not evaluated after {comparison.iterations} iterations; choose an evaluation.every "
                 "that divides them"
@@ -110,15 +117,14 @@ def _work(rows: Sequence[dict[str, Any]], iterations: int) -> Work:
     )
 
 
-def check_equal_work(comparison: Comparison, found: dict[Cell, Result]) -> None:
+def check_equal_work(comparison: Comparison, found: Results) -> None:
     """Raises UserError unless the arms of each task sampled about as many responses and tokens as its first one."""
     for name, task in comparison.tasks.items():
         first, *others = comparison.arms_of(task)
         for arm in others:
             for what in ("responses", "tokens"):
                 ours, its = (
-                    sum(getattr(r.work, what) for c, r in found.items() if (c.task, c.arm) == (name, one))
-                    for one in (first, arm)
+                    sum(getattr(run.work, what) for run in runs_of(found, name, one).values()) for one in (first, arm)
                 )
                 if abs(its / ours - 1) > comparison.tolerance:
                     raise UserError(

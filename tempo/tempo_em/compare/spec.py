@@ -1,7 +1,6 @@
 """A comparison as strict models: which arms, on which tasks, from how many bases and seeds. See comparisons/*.yaml."""
 
 import functools
-from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +8,10 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 from tempo_engine.errors import UserError
 
-from tempo_em.loading import load_recipe, parse_yaml, yaml_word
+from tempo_em.loading import load_recipe, packaged, parse_yaml, yaml_word
 from tempo_em.recipe import Recipe
 from tempo_em.recipe_base import Count, Positive, SetName, Strict
+from tempo_em.run_folder import can_share_start
 
 
 class Arm(Strict):
@@ -69,25 +69,18 @@ class Comparison(Strict):
         return [name for name in self.arms if task.arms is None or name in task.arms]
 
 
-def packaged_comparisons() -> dict[str, str]:
-    """Name -> text of the comparisons that ship with the package."""
-    folder = resources.files("tempo_em") / "comparisons"
-    found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
-    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found}
-
-
 def load_comparison(where: str) -> tuple[str, Comparison]:
     """Name and content of the comparison at a path, or of the packaged one of that name; all its recipes are tried.
 
     Raises UserError with one sentence for anything wrong in it.
     """
-    packaged, path = packaged_comparisons(), Path(where)
+    ready, path = packaged("comparisons"), Path(where)
     if path.is_file():
         name, text = path.stem, path.read_text(encoding="utf-8")
-    elif where in packaged:
-        name, text = where, packaged[where]
+    elif where in ready:
+        name, text = where, ready[where]
     else:
-        raise UserError(f"there is no comparison {where!r}: neither a file nor one of {', '.join(packaged)}")
+        raise UserError(f"there is no comparison {where!r}: neither a file nor one of {', '.join(ready)}")
     try:
         comparison = Comparison.model_validate(parse_yaml(text))
     except yaml.YAMLError as error:
@@ -110,6 +103,16 @@ def recipe_of(task: Task, arm: Arm) -> Recipe:
 @functools.cache
 def _resolved(recipe: str, settings: tuple[str, ...]) -> Recipe:
     return load_recipe(recipe, list(settings)).recipe
+
+
+def share_start(task: Task, one: Arm, other: Arm) -> bool:
+    """Whether two arms could begin their EM loops at the same point."""
+    return _share_start(task.recipe, tuple(settings_of(one, task)), tuple(settings_of(other, task)))
+
+
+@functools.cache
+def _share_start(recipe: str, one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    return can_share_start(_resolved(recipe, one), _resolved(recipe, other))
 
 
 def settings_of(arm: Arm, task: Task) -> list[str]:

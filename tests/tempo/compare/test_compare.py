@@ -10,7 +10,8 @@ import psutil
 import pytest
 from tempo_em.compare.cells import all_cells, begins_at, command, iterations_of, starts_of
 from tempo_em.compare.command import compare
-from tempo_em.compare.spec import load_comparison, packaged_comparisons
+from tempo_em.compare.spec import load_comparison
+from tempo_em.loading import packaged
 from tempo_engine.errors import Halted, UserError
 
 MINIATURE = """
@@ -117,7 +118,7 @@ def is_running(cell: Path) -> bool:
     return any(str(cell) in (p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"]))
 
 
-@pytest.mark.parametrize("name", packaged_comparisons())
+@pytest.mark.parametrize("name", packaged("comparisons"))
 def test_every_packaged_comparison_can_be_run(name: str) -> None:
     _, comparison = load_comparison(name)
     cells = all_cells(comparison)
