@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from tempo_engine.data.style import PLAIN, Messages, Style, ask
 from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.rollout import Prompt
 from tempo_engine.tasks.question import Question
@@ -46,31 +48,58 @@ def _wrap(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     )
 
 
-def to_prompts(questions: Sequence[Question], tokenizer: Any, *, max_tokens: int, where: str) -> list[Prompt]:
-    """Tokenise questions: text as it is, chat messages through the tokenizer's chat template.
+def to_prompts(
+    questions: Sequence[Question],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    where: str,
+    style: Style = PLAIN,
+    refuse: Callable[[Question, str], None] | None = None,
+) -> list[Prompt]:
+    """Ask questions in a style and tokenise them: text as it is, chat messages through the tokenizer's chat template.
 
-    Raises UserError for a chat prompt without a template, and for a prompt that is empty or longer than `max_tokens`.
+    Raises UserError for a chat prompt without a template, for a thinking switch that the template does not have, and for a prompt
+    that is empty or longer than `max_tokens`; with `refuse`, that is told instead, with the reason, and gives no prompt.
     """
+    has_chat = bool(getattr(tokenizer, "chat_template", None))
+    options = {} if style.enable_thinking is None else {"enable_thinking": style.enable_thinking}
+    if options and has_chat and "enable_thinking" not in str(tokenizer.chat_template):
+        raise UserError(
+            f"{where} sets enable_thinking, but the tokenizer's chat template has no such switch; remove it"
+        )
     prompts = []
     for question in questions:
-        if isinstance(question.content, str):
-            text = question.shown or question.content
-            ids = tokenizer(text)["input_ids"]
+        asked = ask(question, style, has_chat=has_chat)
+        if isinstance(asked, str):
+            text, ids = asked, tokenizer(asked)["input_ids"]
         else:
-            if not getattr(tokenizer, "chat_template", None):
+            if not has_chat:
                 raise UserError(
                     f"{where} holds chat messages, but the model's tokenizer has no chat template; use text prompts"
                 )
-            messages = [{"role": role, "content": content} for role, content in question.content]
-            text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = _chat_text(tokenizer, asked, options, where)
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(ids) <= max_tokens:
-            raise UserError(
-                f"{where}: the prompt {text[:60]!r} has {len(ids)} tokens, the limit rollout.max_prompt_tokens is {max_tokens}; "
-                "raise it or shorten the prompt"
-            )
-        prompts.append(Prompt(question.id, text, tuple(ids)))
+        if 0 < len(ids) <= max_tokens:
+            prompts.append(Prompt(question.id, text, tuple(ids)))
+            continue
+        found = (
+            f"{len(ids)} tokens, the limit rollout.max_prompt_tokens is {max_tokens}; raise it or shorten the prompt"
+        )
+        if refuse is None:
+            raise UserError(f"{where}: the prompt {text[:60]!r} has {found}")
+        refuse(question, f"the prompt has {found}")
     return prompts
+
+
+def _chat_text(tokenizer: Any, messages: Messages, options: dict[str, bool], where: str) -> str:
+    rows = [{"role": role, "content": content} for role, content in messages]
+    try:
+        return tokenizer.apply_chat_template(rows, tokenize=False, add_generation_prompt=True, **options)
+    except TemplateError as error:  # some templates refuse a system prompt, or roles that do not alternate
+        raise UserError(
+            f"{where}: the tokenizer's chat template refuses its messages: {first_sentence(error)}"
+        ) from error
 
 
 def single_token(tokenizer: Any, text: str) -> int:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from tempo_engine.data.hub import Where
+from tempo_engine.data.load import Reading, load
 from tempo_engine.errors import UserError
-from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Question
 
 
@@ -24,8 +25,8 @@ def write(file: Path, *rows: Any) -> Path:
     return file
 
 
-def read(file: Path, limit: int | None = None) -> list[Question]:
-    return read_questions(file, prompt_column="prompt", answer_column="answer", limit=limit)
+def read(file: Path, **reading: Any) -> list[Question]:
+    return load([Where(file=file)], Reading(**reading), "heldout", "data.labelled").questions
 
 
 def row(prompt: Any, answer: Any = 1) -> dict[str, Any]:
@@ -47,13 +48,12 @@ def test_answers_are_canonical(file: Path, answer: Any, read_as: set[str]):
 
 def test_without_an_answer_column_no_answer_is_read(file: Path):
     write(file, row("q", {"anything": None}))
-    assert read_questions(file, prompt_column="prompt", answer_column=None) == [Question("q")]
+    assert read(file, answer=None) == [Question("q")]
 
 
 def test_columns_have_the_names_that_are_asked_for(file: Path):
     write(file, {"problem": "q", "solution": 7, "prompt": "no"})
-    questions = read_questions(file, prompt_column="problem", answer_column="solution")
-    assert questions == [Question("q", frozenset({"7"}))]
+    assert read(file, prompt="problem", answer="solution") == [Question("q", frozenset({"7"}))]
 
 
 def test_messages_are_read_as_pairs(file: Path):
