@@ -9,6 +9,8 @@ from tempo_engine import parallel
 from tempo_engine.adapters import Lora
 from tempo_engine.blocks import BlockOptions
 from tempo_engine.cursor import Cursor
+from tempo_engine.data.load import Loaded
+from tempo_engine.data.style import Style
 from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.evaluate import EvaluationSet
 from tempo_engine.export import restore_critic
@@ -19,9 +21,8 @@ from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
-from tempo_engine.tasks.answers import EXTRACTORS, Extract
+from tempo_engine.tasks.answers import Extract
 from tempo_engine.tasks.few_shot import FewShot
-from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
@@ -41,18 +42,20 @@ from tempo_engine.weights import (
 from tempo_em.cold_start import ColdStart
 from tempo_em.posteriors import Oracle
 from tempo_em.recipe import OptimRecipe, Recipe
-from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
+from tempo_em.recipe_data import RowsSource, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
+from tempo_em.sources import extractor, load_rows, sources_of, style_of
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The questions of one source, how their answers are read, and the generator behind them, if any."""
+    """The questions of one source, how their answers are read, and the generator or the rows behind them."""
 
     questions: list[Question]
     extract: Extract
     generator: Generator | None
+    loaded: Loaded | None = None
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Parts:
     cold_start: ColdStart | None
     evaluation_sets: list[EvaluationSet]
     tokenizer: Any
+    datasets: dict[str, Dataset]
 
 
 def build(recipe: Recipe) -> Parts:
@@ -77,10 +81,11 @@ def build(recipe: Recipe) -> Parts:
     tokenizer = load_tokenizer(recipe.model.path) if recipe.model.path else tokenizer_for(datasets)
 
     limit = recipe.rollout.max_prompt_tokens
-    prompts: dict[str, list[Prompt]] = {
-        name: to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=f"data.{name}")
-        for name, dataset in datasets.items()
-    }
+    sources = sources_of(recipe.data)
+    prompts: dict[str, list[Prompt]] = {}
+    for name, dataset in datasets.items():
+        style = style_of(recipe.data, sources[name])
+        prompts[name], datasets[name] = _prompts(dataset, style, tokenizer, limit, f"data.{name}")
 
     def with_answers(name: str) -> list[Labelled]:
         pairs = zip(prompts[name], datasets[name].questions, strict=True)
@@ -123,7 +128,7 @@ def build(recipe: Recipe) -> Parts:
     sets = [
         EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
     ]
-    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer)
+    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer, datasets)
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -160,14 +165,12 @@ def stages_of(recipe: Recipe) -> list[Stage]:
 
 def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
     """Every source of the recipe. Labelled, unlabelled and each evaluation set must not share a question with another role."""
-    sources: dict[str, tuple[Source, Split]] = {
-        "labelled": (recipe.data.labelled, "labelled"),
-        "unlabelled": (recipe.data.unlabelled, "unlabelled"),
-        **{f"evaluation.{name}": (source, "heldout") for name, source in recipe.data.evaluation.items()},
-    }
+    splits: dict[str, Split] = {"labelled": "labelled", "unlabelled": "unlabelled"}
     datasets = {
-        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}")
-        for name, (source, split) in sources.items()
+        name: _dataset(
+            source, splits.get(name, "heldout"), recipe.seed if name == "labelled" else recipe.loop_seed, f"data.{name}"
+        )
+        for name, source in sources_of(recipe.data).items()
     }
     for name in datasets:
         if name.startswith("evaluation.") or name == "labelled":
@@ -182,11 +185,10 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 
 def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
-    if isinstance(source, JsonlSource):
-        questions = read_questions(
-            source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
-        )
-        return Dataset(questions, EXTRACTORS[source.extract], None)
+    if isinstance(source, RowsSource):
+        extract = extractor(source)
+        loaded = load_rows(source, split, where)
+        return Dataset(loaded.questions, extract, None, loaded)
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)
@@ -208,6 +210,16 @@ def _oracle(unlabelled: Dataset) -> Oracle:
             "choose another em.posterior"
         )
     return Oracle({question.id: question.answers for question in unlabelled.questions})
+
+
+def _prompts(dataset: Dataset, style: Style, tokenizer: Any, limit: int, where: str) -> tuple[list[Prompt], Dataset]:
+    """Prompts, and the questions they belong to: a row whose prompt is too long is a bad row."""
+    if dataset.loaded is None:
+        return to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=where, style=style), dataset
+    intake = dataset.loaded.intake
+    prompts = to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=where, style=style, refuse=intake.drop)
+    intake.check()
+    return prompts, replace(dataset, questions=dataset.loaded.questions)
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:

@@ -1,4 +1,4 @@
-"""tempo-engine: train, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is quick."""
+"""tempo-engine: train, compare, eval, recipes, data, export, import, plan, doctor, bench. Only commands import torch."""
 
 import sys
 from pathlib import Path
@@ -88,6 +88,14 @@ def recipes(
     from tempo_em.commands import recipes_command
 
     raise typer.Exit(recipes_command(copy))
+
+
+@app.command()
+def data() -> None:
+    """List the data sets that a recipe can name: where they come from, their licence, how they are asked."""
+    from tempo_em.commands import data_command
+
+    raise typer.Exit(data_command())
 
 
 @app.command()

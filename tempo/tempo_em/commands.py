@@ -12,7 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ParamSpec
 
-# Before transformers is imported: it must not look for a hub, nor print about optional image packages.
+# Before transformers is imported: it must not look for a hub, nor print about optional image packages. Data sets that a recipe
+# names are fetched from the Hub all the same, where the user did not forbid it.
+os.environ.setdefault("TEMPO_HUB_OFFLINE", os.environ.get("HF_HUB_OFFLINE", "0"))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -113,10 +115,12 @@ def _dry_run(resolved: ResolvedRecipe) -> None:
         print("# the recipe itself is fine; `tempo-engine plan` says what it needs of a machine; nothing was written")
         return
     from tempo_em.build import build
+    from tempo_em.data_account import sentences
 
     parts = build(resolved.recipe)
     loop = parts.loop
     print(resolved.to_yaml(), end="")
+    print("".join(f"# {sentence}\n" for sentence in sentences(parts.datasets)), end="")
     sizes = [f"{len(loop.labelled.items)} labelled", f"{len(loop.unlabelled.items)} unlabelled"]
     sizes += [f"{len(s.items)} {s.name} (evaluation)" for s in parts.evaluation_sets]
     parameters = sum(p.numel() for _, p in loop.policy.parameters())
@@ -150,8 +154,10 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
     from tempo_engine.tracking import plain
 
     from tempo_em.build import build
+    from tempo_em.data_account import sentences
 
     parts = build(resolved.recipe)
+    print("".join(f"{sentence}\n" for sentence in sentences(parts.datasets)), end="")
     loop = parts.loop
     critic = loop.critic if resolved.recipe.critic.path else None
     results: dict[str, dict[str, Any]] = {}
@@ -191,6 +197,24 @@ def recipes_command(copy: str | None) -> None:
         raise UserError(f"{target} exists already; move it away first")
     target.write_text(ready[copy], encoding="utf-8")
     print(f"wrote {target}; run it with: tempo-engine train {target}")
+
+
+@_exit_codes
+def data_command() -> None:
+    from tempo_engine.data.benchmarks import BENCHMARKS
+
+    print(
+        "data sets (dataset: NAME in a source of questions; fetched from the Hugging Face Hub when a run needs them):"
+    )
+    for name, benchmark in BENCHMARKS.items():
+        hubs = list(
+            dict.fromkeys(f"{p.hub}@{p.revision[:8] if p.revision else 'newest'}" for p in benchmark.parts.values())
+        )
+        more = f" and {len(hubs) - 1} more" if len(hubs) > 1 else ""
+        print(f"  {name:22} {benchmark.about}")
+        print(f"  {'':22} {hubs[0]}{more}; licence: {benchmark.licence}; {benchmark.verifier} in {benchmark.extract}")
+        if len(benchmark.parts) > 1:
+            print(f"  {'':22} subset: {', '.join(benchmark.parts)}")
 
 
 @_exit_codes

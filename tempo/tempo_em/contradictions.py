@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from tempo_em.recipe import Recipe
-from tempo_em.recipe_data import JsonlSource
+from tempo_em.recipe_data import ColumnsSource
 
 
 def contradictions(recipe: Recipe) -> Iterator[str]:
@@ -14,6 +14,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _rollout(recipe)
     yield from _posterior(recipe)
     yield from _advantage(recipe)
+    if recipe.cold_start.steps and (recipe.data.system or recipe.data.chat or recipe.data.enable_thinking is not None):
+        yield (
+            "cold_start writes responses to plain prompts, but data.system, chat or enable_thinking asks in chat messages; set "
+            "cold_start.steps to 0 or remove them"
+        )
     mstep = recipe.mstep
     if recipe.model.compile and recipe.model.activation_checkpointing == "selective":
         yield (
@@ -41,7 +46,7 @@ def _posterior(recipe: Recipe) -> Iterator[str]:
         )
     if em.posterior == "oracle" and em.labelled_share == 1:
         yield "posterior oracle trains on the answers of data.unlabelled, but em.labelled_share 1 samples none of its prompts"
-    if em.posterior == "oracle" and isinstance(unlabelled, JsonlSource) and unlabelled.answer is None:
+    if em.posterior == "oracle" and isinstance(unlabelled, ColumnsSource) and unlabelled.answer is None:
         yield (
             "posterior oracle trains on the answers of data.unlabelled, which has none: its answer is null; name their column, or "
             "choose another em.posterior, none of which ever sees them"

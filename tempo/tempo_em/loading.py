@@ -18,6 +18,7 @@ from tempo_em.contradictions import contradictions
 from tempo_em.presets import PRESETS
 from tempo_em.recipe import Recipe
 from tempo_em.recipe_base import Strict
+from tempo_em.recipe_data import ROWS_TAGS, source_tag
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,7 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
 
 def _kind(source: Any) -> str | None:
     """The kind of a source of questions; None when this does not say."""
-    if not isinstance(source, dict):
-        return None
-    return "jsonl" if "jsonl" in source else source.get("generator")
+    return source_tag(source) if isinstance(source, dict) else None
 
 
 def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> Recipe:
@@ -169,17 +168,22 @@ def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> 
 
 def _explain(error: ErrorDetails) -> str:
     """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
-    tags = {"signs", "swaps", "sums", "jsonl"}
+    tags = {"signs", "swaps", "sums", *ROWS_TAGS}
     loc = [str(part) for part in error["loc"]]
     # pydantic puts the union's tag into the location after the source's name; the user never wrote it.
-    loc = [part for i, part in enumerate(loc) if not (part in tags and i >= 2 and loc[0] == "data")]
+    after_name = 3 if loc[1:2] == ["evaluation"] else 2
+    if loc[:1] == ["data"] and loc[after_name : after_name + 1] and loc[after_name] in tags:
+        del loc[after_name]
     path = ".".join(loc)
     if error["type"] == "extra_forbidden":
         choices = _fields_at([str(part) for part in error["loc"][:-1]])
         parent = ".".join(loc[:-1])
         return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
     if error["type"] == "union_tag_invalid":
-        return f"{path}: the generator is not known; generators: signs, swaps, sums (or give jsonl: FILE)"
+        return (
+            f"{path}: the generator is not known; generators: signs, swaps, sums (or give jsonl: FILE, parquet: FILE, "
+            "hub: ORG/NAME or dataset: NAME)"
+        )
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{path} is missing; the recipe needs it"

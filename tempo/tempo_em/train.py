@@ -21,6 +21,7 @@ from tempo_engine.weights import copy_weights, named_weights
 from tempo_em.alarms import Alarms
 from tempo_em.build import Parts, build
 from tempo_em.console import Display, Silence, evaluation_line
+from tempo_em.data_account import check_unchanged, sentences, write_account
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
 from tempo_em.run_folder import Lock, begin_folder, check_start, has_other_questions, may_resume
@@ -48,6 +49,10 @@ class Training:
         if resumes:
             self.lock.take()
         self.parts: Parts = build(self.recipe)
+        for folder in [run_dir] if resumes else [start_from] if start_from else []:
+            parallel.from_main(lambda folder=folder: check_unchanged(self.parts.datasets, folder))
+        for sentence in sentences(self.parts.datasets):
+            self.display.note(sentence)
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
         self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
@@ -82,6 +87,7 @@ class Training:
             self.lock.take()
             if parallel.is_main():
                 begin_folder(resolved, run_dir, self.loop.policy.device)
+                write_account(self.parts.datasets, run_dir)
                 export.save_skeleton(self.loop.policy, self.parts.tokenizer, run_dir / "model")
             parallel.wait_for_all()
         self.checkpoints = Checkpoints(folder, keep=how.keep, asynchronous=how.asynchronous)

@@ -11,7 +11,7 @@ from tempo_engine.tasks.sums import Sums
 from tempo_engine.tasks.swaps import Swaps
 
 from tempo_em.recipe import Recipe
-from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
+from tempo_em.recipe_data import RowsSource, SignsSource, Source, SwapsSource
 
 # Beside its words a tokenizer for a fresh model has pad, end and unknown; without generators it has one token a byte.
 SPECIAL_TOKENS, BYTES = 3, 256
@@ -65,7 +65,7 @@ def fresh_vocab_size(recipe: Recipe) -> int:
 
 
 def _words(source: Source) -> list[str] | None:
-    if isinstance(source, JsonlSource):
+    if isinstance(source, RowsSource):
         return None
     if isinstance(source, SignsSource):
         return Signs(source.terms, source.largest, source.unique).vocabulary()

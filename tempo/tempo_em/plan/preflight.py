@@ -7,7 +7,8 @@ from pathlib import Path
 from tempo_em.plan.configs import model_config
 from tempo_em.plan.layout import check_positions
 from tempo_em.recipe import Recipe
-from tempo_em.recipe_data import JsonlSource
+from tempo_em.recipe_data import JsonlSource, ParquetSource
+from tempo_em.sources import sources_of
 
 
 def before_training(recipe: Recipe) -> list[str]:
@@ -28,12 +29,17 @@ def before_training(recipe: Recipe) -> list[str]:
 def _missing(recipe: Recipe) -> Iterator[str]:
     if recipe.critic.path is not None and not recipe.critic.path.exists():
         yield f"put the exported critic at {recipe.critic.path}"
-    sources = {"labelled": recipe.data.labelled, "unlabelled": recipe.data.unlabelled}
-    sources |= {f"evaluation.{name}": source for name, source in recipe.data.evaluation.items()}
     files: dict[Path, list[str]] = {}
-    for name, source in sources.items():
-        if isinstance(source, JsonlSource) and not source.jsonl.is_file():
-            files.setdefault(source.jsonl, []).append(f"data.{name}")
+    for name, source in sources_of(recipe.data).items():
+        file = (
+            source.jsonl
+            if isinstance(source, JsonlSource)
+            else source.parquet
+            if isinstance(source, ParquetSource)
+            else None
+        )
+        if file is not None and not file.is_file():
+            files.setdefault(file, []).append(f"data.{name}")
     if recipe.rollout.backend == "sglang" and importlib.util.find_spec("sglang") is None:
         yield "install SGLang: pip install 'tempo-engine[sglang]'"
     for file, names in files.items():
