@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -214,12 +215,15 @@ def _oracle(unlabelled: Dataset) -> Oracle:
 
 def _prompts(dataset: Dataset, style: Style, tokenizer: Any, limit: int, where: str) -> tuple[list[Prompt], Dataset]:
     """Prompts, and the questions they belong to: a row whose prompt is too long is a bad row."""
+    ask = partial(to_prompts, dataset.questions, tokenizer, max_tokens=limit, where=where, style=style)
     if dataset.loaded is None:
-        return to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=where, style=style), dataset
+        return ask(), dataset
     intake = dataset.loaded.intake
-    prompts = to_prompts(dataset.questions, tokenizer, max_tokens=limit, where=where, style=style, refuse=intake.drop)
+    prompts = ask(refuse=intake.drop)
     intake.check()
-    return prompts, replace(dataset, questions=dataset.loaded.questions)
+    if not prompts:
+        raise UserError(f"{where}: every prompt is longer than rollout.max_prompt_tokens {limit}; raise it")
+    return prompts, replace(dataset, questions=[q for q in dataset.questions if q.id in intake.questions])
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:

@@ -55,22 +55,27 @@ def check_unchanged(datasets: Mapping[str, Dataset], run_dir: Path) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     for name, now in account(datasets).items():
-        for path, old, new in _changes(before.get(name, {}).get("files", []), now.get("files", [])):
+        for file_name, old, new in _changes(before.get(name, {}).get("files", []), now.get("files", [])):
             raise UserError(
-                f"data.{name}: the data file {path} is not what it was when {run_dir} began ({old} then, {new} now); "
+                f"data.{name}: the data file {file_name} is not what it was when {run_dir} began ({old} then, {new} now); "
                 "put it back as it was, or begin a new run"
             )
 
 
 def _changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """(file, what it was, what it is) of each file that differs."""
-    one, other = ({f["path"]: f for f in files} for files in (before, now))
-    for path in [*one, *(path for path in other if path not in one)]:
-        if one.get(path, {}).get("sha256") != other.get(path, {}).get("sha256"):
-            yield path, _version(one.get(path)), _version(other.get(path))
+    one, other = ({_name(f): f for f in files} for files in (before, now))
+    for name in [*one, *(name for name in other if name not in one)]:
+        if one.get(name, {}).get("sha256") != other.get(name, {}).get("sha256"):
+            yield name, _version(one.get(name)), _version(other.get(name))
+
+
+def _name(file: dict[str, Any]) -> str:
+    # Parts of a benchmark lie in several data sets, under the same names.
+    return f"{file['hub']}/{file['path']}" if "hub" in file else file["path"]
 
 
 def _version(file: dict[str, Any] | None) -> str:
     if file is None:
         return "not there"
-    return f"sha256 {file['sha256'][:12]}" + (f" of commit {file['commit'][:12]}" if "commit" in file else "")
+    return f"sha256 {file['sha256'][:12]}" + (f" of commit {file['commit']}" if "commit" in file else "")

@@ -1,5 +1,6 @@
 """What must hold whatever the numbers are: labels do not leak, switches mean what they say."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from tempo_em.schedule import EMLoop, Stage, advantages
 from tempo_em.train import Training
 from tempo_em.waiting import Sampled
 from tempo_engine.errors import UserError
-from tempo_engine.packing import pack
+from tempo_engine.packing import PackedBatch, pack
+from tempo_engine.rollout import Rollout
 from tempo_kernels import group_advantage
 from torch import Tensor
 
@@ -65,6 +67,37 @@ def test_corrupting_every_answer_of_the_unlabelled_questions_leaves_all_weights_
     assert same(weights(honest), weights(deceived))
     audit = [t.evaluations["final"]["unlabelled"]["mean@4"] for t in (honest, deceived)]
     assert audit[1] == 0.0, "the corruption must have reached the audit"
+
+
+def test_responses_are_trained_on_as_the_tokens_that_were_sampled(
+    monkeypatch: pytest.MonkeyPatch, prepare: Callable[..., Training]
+) -> None:
+    """Token in, token out: text is decoded for verifiers, and never tokenised again."""
+    training = prepare("em.iterations=1")
+    sampled, packed = [], []
+    sample = training.loop.sampler.sample
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("something was tokenised while a run samples and trains")
+
+    def remember(*args: Any, **options: Any) -> list[Rollout]:
+        rollouts = sample(*args, **options)
+        sampled.extend(tuple(r.response_ids) for r in rollouts)
+        return [replace(r, text=f"{r.text} !") for r in rollouts]  # a text that these tokens do not spell
+
+    def watch(rollouts: list[Rollout], *args: Any, **options: Any) -> PackedBatch:
+        batch = pack(rollouts, *args, **options)
+        ends = batch.cu_responses_S1.tolist()
+        packed.extend(tuple(batch.target_T[a:b].tolist()) for a, b in itertools.pairwise(ends))
+        return batch
+
+    for name in ("__call__", "encode", "_encode_plus"):
+        monkeypatch.setattr(type(training.parts.tokenizer), name, refuse)
+    monkeypatch.setattr(training.loop.sampler, "sample", remember)
+    monkeypatch.setattr("tempo_em.schedule.pack", watch)
+    training.loop.iterate(stage(training, "em"), 0)
+    assert packed
+    assert set(packed) <= set(sampled)
 
 
 def test_only_the_oracle_trains_on_answers_of_unlabelled_questions(

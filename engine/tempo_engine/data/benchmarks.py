@@ -12,7 +12,7 @@ from tempo_engine.data import shapes
 from tempo_engine.data.hub import Where
 from tempo_engine.tasks.question import Question
 
-Verifier = Literal["int", "expression", "choice", "text", "grid", "judge"]
+Verifier = Literal["exact", "int", "expression", "choice", "grid", "judge"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     ),
     "bbh": Benchmark(
         "BIG-Bench Hard, 27 tasks: choices, yes or no, short answers (two rows of ruin_names are broken upstream)",
-        "MIT", "answer_line", "text", shapes.bbh,
+        "MIT", "answer_line", "exact", shapes.bbh,
         {s: Where(hub="Joschka/big_bench_hard", revision=_BBH_COMMIT, config=s, split=s) for s in _BBH},
     ),
     "agieval": Benchmark(
