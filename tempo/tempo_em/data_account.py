@@ -55,14 +55,14 @@ def check_unchanged(datasets: Mapping[str, Dataset], run_dir: Path) -> None:
         return
     before = json.loads(file.read_text(encoding="utf-8"))
     for name, now in account(datasets).items():
-        for file_name, old, new in _changes(before.get(name, {}).get("files", []), now.get("files", [])):
+        for file_name, old, new in changes(before.get(name, {}).get("files", []), now.get("files", [])):
             raise UserError(
                 f"data.{name}: the data file {file_name} is not what it was when {run_dir} began ({old} then, {new} now); "
                 "put it back as it was, or begin a new run"
             )
 
 
-def _changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
+def changes(before: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[tuple[str, str, str]]:
     """(file, what it was, what it is) of each file that differs."""
     one, other = ({_name(f): f for f in files} for files in (before, now))
     for name in [*one, *(name for name in other if name not in one)]:

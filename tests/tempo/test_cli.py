@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tempo_em.commands import train_command
+from tempo_em.commands import data_command, train_command
 from tempo_em.loading import packaged
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
 
@@ -153,6 +153,13 @@ def test_recipes_are_listed_and_copied(tmp_path: Path) -> None:
     assert tempo("recipes", "--copy", "tiny", cwd=tmp_path).returncode == 0
     assert tempo("train", "tiny.yaml", "--dry-run", cwd=tmp_path).returncode == 0
     assert tempo("recipes", "--copy", "tiny", cwd=tmp_path).returncode == 2
+
+
+def test_data_sets_are_listed_with_commit_and_licence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert data_command() == 0
+    listed = capsys.readouterr().out
+    assert "aime_2025" in listed
+    assert "math-ai/aime25@563bb840; licence: " in listed
 
 
 def test_a_dry_run_builds_everything_and_writes_nothing(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tempo_em.build import load_datasets
 from tempo_em.console import PlainDisplay
-from tempo_em.data_account import account, check_unchanged, write_account
+from tempo_em.data_account import account, changes, check_unchanged, write_account
 from tempo_em.loading import load_recipe, packaged
 from tempo_em.train import Training
 from tempo_engine.errors import UserError
@@ -90,6 +90,21 @@ def test_generated_questions_are_in_the_account_by_their_content(tmp_path: Path)
     assert account(one)["labelled"]["questions"] == len(one["labelled"].questions)
     assert account(one)["labelled"]["content"] != account(other)["labelled"]["content"]
     assert [file.name for file in tmp_path.iterdir()] == ["data.json"]
+
+
+def of_hub(hub: str, sha256: str) -> dict[str, str]:
+    return {"path": "data/test.parquet", "hub": hub, "commit": "c" * 40, "sha256": sha256 * 64}
+
+
+def test_files_of_two_data_sets_with_one_name_are_two_files() -> None:
+    before = [of_hub("a/x", "1"), of_hub("a/y", "2")]
+    assert list(changes(before, before)) == []
+    now = [of_hub("a/x", "3"), of_hub("a/y", "2")]
+    version = "of commit " + "c" * 40
+    assert list(changes(before, now)) == [
+        ("a/x/data/test.parquet", f"sha256 {'1' * 12} {version}", f"sha256 {'3' * 12} {version}")
+    ]
+    assert list(changes(before, before[:1])) == [("a/y/data/test.parquet", f"sha256 {'2' * 12} {version}", "not there")]
 
 
 def test_a_folder_of_before_there_were_accounts_is_gone_on_with(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Sources of rows in a recipe: one line each, their settings, and how their questions are asked."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tempo_em.loading import parse_setting, resolve
 from tempo_em.recipe_data import DatasetSource, HubSource, JsonlSource, ParquetSource
 from tempo_em.sources import extractor, load_rows, sources_of, style_of
+from tempo_engine.data import shapes
+from tempo_engine.data.benchmarks import BENCHMARKS
 from tempo_engine.data.style import Style
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.answers import answer_line, boxed
@@ -119,12 +122,27 @@ def test_a_benchmark_knows_where_its_answers_are() -> None:
         extractor(recipe({"dataset": "zebralogic"}).data.labelled)
 
 
+def test_a_benchmark_is_fetched_at_its_commit_and_asked_in_its_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a folder in the layout of the Hub library's cache, where nothing else is: there is no network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("TEMPO_HUB_OFFLINE", "1")
+    commit = BENCHMARKS["aime_2025"].parts["all"].revision
+    folder = tmp_path / "datasets--math-ai--aime25" / "snapshots" / str(commit)
+    folder.mkdir(parents=True)
+    (folder / "test.jsonl").write_text('{"problem": "6 times 7?", "answer": "42", "id": "0"}\n')
+    loaded = load_rows(recipe({"dataset": "aime_2025"}).data.labelled, "heldout", "data.evaluation.aime")
+    assert loaded.questions == [shapes.boxed("problem", "answer")({"problem": "6 times 7?", "answer": "42"})]
+    assert loaded.account()["files"][0]["commit"] == commit
+
+
 def test_sets_have_the_names_of_the_recipe() -> None:
     data = recipe({"jsonl": "a"}, evaluation={"aime": {"dataset": "aime_2025"}}).data
     assert list(sources_of(data)) == ["labelled", "unlabelled", "evaluation.aime"]
 
 
-def test_a_parquet_file_is_read_with_the_columns_of_the_recipe(tmp_path: Any) -> None:
+def test_a_parquet_file_is_read_with_the_columns_of_the_recipe(tmp_path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 

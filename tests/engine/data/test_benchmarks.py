@@ -136,7 +136,7 @@ def test_choices_of_gpqa_are_shuffled_by_the_question_alone() -> None:
     assert found == question("gpqa_diamond", gpqa("Which is a fruit?"))
     assert found.content == "Which is a fruit?\n\nA) stone\nB) rope\nC) salt\nD) pear"
     assert found.answers == letters("D")
-    assert found.shown == CHOICE_PROMPT + found.content
+    assert found.shown == CHOICE_PROMPT + str(found.content)
 
 
 def test_the_right_choice_of_gpqa_is_anywhere_equally_often() -> None:
