@@ -258,6 +258,7 @@ def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
             blocks=blocks,
             device=device,
             weights=how.path if is_blank(model) else None,
+            share_prompts=how.share_prompts,
         )
     except RuntimeError as error:
         raise UserError(f"the model cannot run: {first_sentence(error)}; check the sizes in its config") from error

@@ -45,6 +45,10 @@ class ModelRecipe(Strict):
         default="off", description="what the backward computes again: nothing, all but matrix products, whole blocks"
     )
     compile: bool = Field(default=False, description="torch.compile of the blocks")
+    share_prompts: bool = Field(
+        default=True,
+        description="train on a prompt once for all its responses where that pays: from 64 tokens on, with eager or sdpa attention",
+    )
     lora: LoraRecipe | None = None
 
     @model_validator(mode="after")
