@@ -135,15 +135,16 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")] = "tiny",
     mismatch: Annotated[
-        bool, typer.Option("--mismatch", help="Compare the log-probs of sampler and trainer while nothing learns.")
+        bool, typer.Option("--mismatch", help="Only compare sampler and trainer, without looking at the machine.")
     ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Of sampling, scoring, updating and syncing.")] = 3,
     settings: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
 ) -> None:
-    """Find the first token and layer on which sampler and trainer disagree; exit code 1 when they do. Writes no run folder."""
+    """Look at this machine, then run the recipe without learning: sampler and trainer must agree on every log-prob, and where they
+    do not, the first token and layer are named. Exit code 1 when something is wrong. Writes no run folder."""
     from tempo_em.commands import doctor_command
 
     raise typer.Exit(doctor_command(recipe, settings or [], mismatch, iterations, json_file))
