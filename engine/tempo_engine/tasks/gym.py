@@ -1,7 +1,7 @@
 """Questions of reasoning-gym (pip install 'tempo-engine[gym]'), read by our own exact match.
 
-Its scorers are never called: several of them evaluate the answer as Python. Only tasks with one right answer that can be compared as
-text are taken. Item i of seed s is drawn from s + i, so neighbouring seeds share items: seeds here are a million apart.
+Its scorers are never called: several of them evaluate the answer as Python. Only tasks with one right answer that can be compared
+as text are taken. Item i of seed s is drawn from s + i, so neighbouring seeds share items: seeds here are a million apart.
 """
 
 import importlib

@@ -16,7 +16,8 @@ class Question:
     """A question before tokenisation: Question("3 5 = (8)", answers=frozenset({"+3+5"})).
 
     `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known. `shown`: the
-    prompt's text where that is more than the content, such as worked questions before it. `part`: which generator of a mix it is from.
+    prompt's text where that is more than the content, such as worked questions before it. `part`: which
+    generator of a mix drew it.
     """
 
     content: str | tuple[tuple[str, str], ...]

@@ -51,7 +51,7 @@ class Syllogism:
         for _ in range(MAX_TRIES):
             pairs = [(i, i + 1) for i in range(count - 1)] + [(0, count - 1)]
             *premises, conclusion = (_any_statement(*pair, rng) for pair in pairs)
-            if _is_clear(premises, conclusion, count) and _is_valid(premises, conclusion, count) == is_valid:
+            if _is_valid(premises, conclusion, count) == is_valid and _is_clear(premises, conclusion, count):
                 return Question(
                     _written(premises, conclusion, rng.sample(CLASSES, count)), frozenset({_verdict(is_valid)})
                 )
