@@ -20,12 +20,8 @@ from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
 from tempo_engine.tasks.answers import EXTRACTORS, Extract
-from tempo_engine.tasks.few_shot import FewShot
 from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
-from tempo_engine.tasks.signs import Signs
-from tempo_engine.tasks.sums import Sums
-from tempo_engine.tasks.swaps import Swaps
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
@@ -41,7 +37,7 @@ from tempo_engine.weights import (
 from tempo_em.cold_start import ColdStart
 from tempo_em.posteriors import Oracle
 from tempo_em.recipe import OptimRecipe, Recipe
-from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
+from tempo_em.recipe_data import JsonlSource, Source
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
 
@@ -187,15 +183,7 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
             source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
         )
         return Dataset(questions, EXTRACTORS[source.extract], None)
-    generator: Generator
-    if isinstance(source, SignsSource):
-        generator = Signs(source.terms, source.largest, source.unique)
-    elif isinstance(source, SwapsSource):
-        generator = Swaps(source.terms, source.unique)
-    else:
-        generator = Sums(source.terms, source.largest)
-    if source.shots:
-        generator = FewShot(generator, source.shots)
+    generator = source.generate()
     return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
 
 
@@ -211,13 +199,11 @@ def _oracle(unlabelled: Dataset) -> Oracle:
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
-    """For a fresh model: one token a word when every prompt is generated, else one token a byte."""
-    generators = [dataset.generator for dataset in datasets.values()]
-    if all(generators):
-        return word_tokenizer(
-            sorted({word for generator in generators if generator for word in generator.vocabulary()})
-        )
-    return byte_tokenizer()
+    """For a fresh model: one token a word when every prompt is generated from known words, else one token a byte."""
+    vocabularies = [d.generator.vocabulary() if d.generator else None for d in datasets.values()]
+    if any(words is None for words in vocabularies):
+        return byte_tokenizer()
+    return word_tokenizer(sorted({word for words in vocabularies for word in words or ()}))
 
 
 def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:

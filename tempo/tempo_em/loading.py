@@ -18,6 +18,7 @@ from tempo_em.contradictions import contradictions
 from tempo_em.presets import PRESETS
 from tempo_em.recipe import Recipe
 from tempo_em.recipe_base import Strict
+from tempo_em.recipe_generated import GENERATORS
 
 
 @dataclass(frozen=True)
@@ -169,17 +170,21 @@ def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> 
 
 def _explain(error: ErrorDetails) -> str:
     """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
-    tags = {"signs", "swaps", "sums", "jsonl"}
+    tags = {*GENERATORS, "jsonl"}
     loc = [str(part) for part in error["loc"]]
     # pydantic puts the union's tag into the location after the source's name; the user never wrote it.
-    loc = [part for i, part in enumerate(loc) if not (part in tags and i >= 2 and loc[0] == "data")]
+    first = 3 if loc[1:2] == ["evaluation"] else 2
+    loc = [part for i, part in enumerate(loc) if not (part in tags and i >= first and loc[0] == "data")]
     path = ".".join(loc)
     if error["type"] == "extra_forbidden":
         choices = _fields_at([str(part) for part in error["loc"][:-1]])
         parent = ".".join(loc[:-1])
         return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
     if error["type"] == "union_tag_invalid":
-        return f"{path}: the generator is not known; generators: signs, swaps, sums (or give jsonl: FILE)"
+        # The parts of a mix are generators, but no mixes or files.
+        known, is_part = error.get("ctx", {}).get("expected_tags", ""), loc[-2:-1] == ["of"]
+        names = ", ".join(name for name in GENERATORS if f"'{name}'" in known)
+        return f"{path}: the generator is not known; generators: {names}{'' if is_part else ' (or give jsonl: FILE)'}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{path} is missing; the recipe needs it"
@@ -193,13 +198,19 @@ def _fields_at(loc: list[str]) -> list[str]:
     annotation: Any = Recipe
     for part in loc:
         models = _models_in(annotation)
-        by_tag = [m for m in models if m.__name__.lower().removesuffix("source") == part]
+        by_tag = [m for m in models if _tag(m) == part]
         if by_tag:
             annotation = by_tag[0]
             continue
         fields = {k: f for m in models for k, f in m.model_fields.items()}
         annotation = fields[part].annotation if part in fields else annotation
     return [name for model in _models_in(annotation)[:1] for name in model.model_fields]
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """What tells a source from the others in a union: its generator's name, else its own."""
+    named = model.model_fields.get("generator")
+    return typing.get_args(named.annotation)[0] if named else model.__name__.lower().removesuffix("source")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

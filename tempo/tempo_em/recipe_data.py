@@ -1,46 +1,12 @@
 """`data` of a recipe: where questions come from."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from tempo_em.recipe_base import Count, NoiseRate, Positive, SetName, Strict
-
-
-class GeneratedSource(Strict):
-    """What all generated sources have."""
-
-    count: Positive
-    shots: Count = Field(
-        default=0,
-        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
-    )
-
-
-class SignsSource(GeneratedSource):
-    """Generated: signs to target (see tempo_engine.tasks.signs)."""
-
-    generator: Literal["signs"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    largest: int = Field(default=6, ge=1, le=99)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer")
-
-
-class SwapsSource(GeneratedSource):
-    """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
-
-    generator: Literal["swaps"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
-
-
-class SumsSource(GeneratedSource):
-    """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
-
-    generator: Literal["sums"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
-    largest: int = Field(default=9, ge=1, le=999)
+from tempo_em.recipe_base import NoiseRate, Positive, SetName, Strict
+from tempo_em.recipe_generated import GENERATORS, GeneratedSource, one_of
 
 
 class JsonlSource(Strict):
@@ -60,13 +26,13 @@ def _source_tag(value: Any) -> str:
     return "jsonl" if "jsonl" in fields else str(fields.get("generator", "jsonl"))
 
 
-Source = Annotated[
-    Annotated[SignsSource, Tag("signs")]
-    | Annotated[SwapsSource, Tag("swaps")]
-    | Annotated[SumsSource, Tag("sums")]
-    | Annotated[JsonlSource, Tag("jsonl")],
-    Discriminator(_source_tag),
-]
+if TYPE_CHECKING:
+    Source = GeneratedSource | JsonlSource
+else:
+    Source = Annotated[
+        one_of(GENERATORS) | Annotated[JsonlSource, Tag("jsonl")],
+        Discriminator(_source_tag),
+    ]
 
 
 class DataRecipe(Strict):
