@@ -19,7 +19,7 @@ from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
-from tempo_engine.tasks.answers import EXTRACTORS, Extract
+from tempo_engine.tasks.answers import EXTRACTORS
 from tempo_engine.tasks.few_shot import FewShot
 from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
@@ -29,6 +29,7 @@ from tempo_engine.tasks.swaps import Swaps
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
+from tempo_engine.verify import ExactMatch, Verifier
 from tempo_engine.weights import (
     DTYPES,
     blank_causal_lm,
@@ -48,10 +49,10 @@ from tempo_em.servers import check_servers, sglang_options
 
 @dataclass(frozen=True)
 class Dataset:
-    """The questions of one source, how their answers are read, and the generator behind them, if any."""
+    """The questions of one source, who says what is right, and the generator behind them, if any."""
 
     questions: list[Question]
-    extract: Extract
+    verifier: Verifier
     generator: Generator | None
 
 
@@ -64,6 +65,7 @@ class Parts:
     cold_start: ColdStart | None
     evaluation_sets: list[EvaluationSet]
     tokenizer: Any
+    verifiers: list[Verifier]
 
 
 def build(recipe: Recipe) -> Parts:
@@ -84,7 +86,7 @@ def build(recipe: Recipe) -> Parts:
 
     def with_answers(name: str) -> list[Labelled]:
         pairs = zip(prompts[name], datasets[name].questions, strict=True)
-        return [Labelled(prompt, question.answers) for prompt, question in pairs]
+        return [Labelled(prompt, question.answers, question.columns) for prompt, question in pairs]
 
     policy = _policy(recipe, tokenizer, device)
     critic = None
@@ -107,8 +109,8 @@ def build(recipe: Recipe) -> Parts:
         sampler=sampler,
         labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
         unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.loop_seed}/unlabelled"),
-        extract_labelled=datasets["labelled"].extract,
-        extract_unlabelled=datasets["unlabelled"].extract,
+        verifier=datasets["labelled"].verifier,
+        extract_unlabelled=datasets["unlabelled"].verifier.extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
         critic_optimizer=None
         if critic is None
@@ -117,13 +119,14 @@ def build(recipe: Recipe) -> Parts:
         critic_update=_critic_update(recipe),
         clock=Clock(),
         frozen_critic=critic.frozen_copy() if critic and recipe.keeps_frozen_critic else None,
-        oracle=_oracle(datasets["unlabelled"]) if recipe.em.posterior == "oracle" else None,
+        oracle=_oracle(datasets["unlabelled"], with_answers("unlabelled")) if recipe.em.posterior == "oracle" else None,
     )
     audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
     sets = [
-        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
+        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].verifier) for name in audited
     ]
-    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer)
+    verifiers = [dataset.verifier for dataset in datasets.values()]
+    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer, verifiers)
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -186,7 +189,7 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
         questions = read_questions(
             source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
         )
-        return Dataset(questions, EXTRACTORS[source.extract], None)
+        return Dataset(questions, ExactMatch(EXTRACTORS[source.extract]), None)
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)
@@ -196,10 +199,11 @@ def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
         generator = Sums(source.terms, source.largest)
     if source.shots:
         generator = FewShot(generator, source.shots)
-    return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
+    questions = draw_questions(generator, split, source.count, seed=seed, where=where)
+    return Dataset(questions, ExactMatch(generator.extract), generator)
 
 
-def _oracle(unlabelled: Dataset) -> Oracle:
+def _oracle(unlabelled: Dataset, items: list[Labelled]) -> Oracle:
     """What no other posterior gets: the answers of the unlabelled questions."""
     unanswered = next((q for q in unlabelled.questions if not q.answers), None)
     if unanswered:
@@ -207,7 +211,7 @@ def _oracle(unlabelled: Dataset) -> Oracle:
             f"posterior oracle trains on the answers of data.unlabelled, but {str(unanswered.content)[:60]!r} has none; "
             "choose another em.posterior"
         )
-    return Oracle({question.id: question.answers for question in unlabelled.questions})
+    return Oracle({item.prompt.id: item for item in items}, unlabelled.verifier)
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:

@@ -168,6 +168,8 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
                 print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
         finally:
             loop.sampler.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     Console().print(summary_table({"now": results}))
     if json_file:
         json_file.write_text(json.dumps(plain(results), indent=1), encoding="utf-8")

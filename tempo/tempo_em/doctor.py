@@ -93,6 +93,8 @@ def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Pat
         finally:
             parts.loop.sampler.close()
             parts.loop.ahead.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     if json_file is not None:
         json_file.write_text(json.dumps({"recipe": resolved.name} | verdict.to_json(), indent=1), encoding="utf-8")
     return not verdict.drift
