@@ -19,9 +19,7 @@ from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
-from tempo_engine.tasks.answers import EXTRACTORS
 from tempo_engine.tasks.few_shot import FewShot
-from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
 from tempo_engine.tasks.signs import Signs
 from tempo_engine.tasks.sums import Sums
@@ -45,6 +43,7 @@ from tempo_em.recipe import OptimRecipe, Recipe
 from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
+from tempo_em.verifying import read_file
 
 
 @dataclass(frozen=True)
@@ -186,10 +185,7 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
     if isinstance(source, JsonlSource):
-        questions = read_questions(
-            source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
-        )
-        return Dataset(questions, ExactMatch(EXTRACTORS[source.extract]), None)
+        return Dataset(*read_file(source), None)
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)

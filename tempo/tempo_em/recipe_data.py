@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from tempo_em.recipe_base import Count, NoiseRate, Positive, SetName, Strict
+from tempo_em.recipe_verifier import VerifierRecipe
 
 
 class GeneratedSource(Strict):
@@ -52,6 +53,7 @@ class JsonlSource(Strict):
     extract: Literal["boxed", "answer_line", "whole"] = Field(
         default="boxed", description="where a response states its answer"
     )
+    verifier: VerifierRecipe = Field(default=VerifierRecipe(), description="who says whether a response is right")
     limit: Positive | None = Field(default=None, description="read at most this many questions")
 
 
