@@ -28,6 +28,7 @@ from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, sing
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
 from tempo_engine.verify import ExactMatch, Verifier
+from tempo_engine.verify.pool import Pool
 from tempo_engine.weights import (
     DTYPES,
     blank_causal_lm,
@@ -43,7 +44,7 @@ from tempo_em.recipe import OptimRecipe, Recipe
 from tempo_em.recipe_data import JsonlSource, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
-from tempo_em.verifying import read_file
+from tempo_em.verifying import make_pool, read_file
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,9 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
         "unlabelled": (recipe.data.unlabelled, "unlabelled"),
         **{f"evaluation.{name}": (source, "heldout") for name, source in recipe.data.evaluation.items()},
     }
+    pool = make_pool()
     datasets = {
-        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}")
+        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}", pool)
         for name, (source, split) in sources.items()
     }
     for name in datasets:
@@ -183,9 +185,9 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
     return datasets
 
 
-def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
+def _dataset(source: Source, split: Split, seed: int, where: str, pool: Pool) -> Dataset:
     if isinstance(source, JsonlSource):
-        return Dataset(*read_file(source), None)
+        return Dataset(*read_file(source, pool), None)
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)

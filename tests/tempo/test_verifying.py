@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tempo_em.loading import load_recipe
 from tempo_em.recipe_data import JsonlSource
-from tempo_em.verifying import read_file
+from tempo_em.verifying import make_pool, read_file
 from tempo_engine.errors import UserError
 from tempo_engine.rollout import Labelled, Prompt, Rollout
 
@@ -20,7 +20,7 @@ def source(folder: Path, rows: list[dict[str, Any]], **options: Any) -> JsonlSou
 
 def rewards(source: JsonlSource, *texts: str) -> list[float]:
     """Of responses to the file's first question."""
-    questions, verifier = read_file(source)
+    questions, verifier = read_file(source, make_pool())
     prompt = Prompt(questions[0].id, str(questions[0].content), (5,))
     item = Labelled(prompt, questions[0].answers, questions[0].columns)
     responses = [Rollout(prompt, [2], [-1.0], ((0, 1),), False, text) for text in texts]
@@ -42,6 +42,7 @@ def test_without_a_word_answers_are_compared_as_ever(tmp_path: Path):
         ("int", "1000", r"1{,}000", "1000 m"),
         ("choice", "(A)", "**a**", "B"),
         ("text", "The Nile", "nile.", "Amazon"),
+        ("expression", r"\frac{1}{2}", "0.5", "0.25"),
     ],
 )
 def test_a_word_chooses_the_kind_of_answer(tmp_path: Path, kind: str, answer: str, right: str, wrong: str):
