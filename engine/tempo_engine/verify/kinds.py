@@ -119,26 +119,14 @@ def grid(answer: str) -> str | None:
 def last_object(response: str) -> str | None:
     """The last complete JSON object of a response that holds a grid."""
     tail = response[-GRID_CHARS:]
-    end = len(tail)
-    for _ in range(GRID_TRIES):
-        end = tail.rfind("}", 0, end) + 1
-        if not end:
-            return None
-        start = _opening(tail, end)
-        if start is not None and grid(tail[start:end]):
-            return tail[start:end]
-        end -= 1
-    return None
-
-
-def _opening(text: str, end: int) -> int | None:
-    """Where the brace opens that closes just before `end`. Values of a grid hold no braces."""
-    depth = 0
-    for found in reversed(list(re.finditer("[{}]", text[:end]))):
-        depth += 1 if found[0] == "}" else -1
-        if depth == 0:
-            return found.start()
-    return None
+    spans, opened = [], list[int]()
+    for brace in re.finditer("[{}]", tail):  # values of a grid hold no braces
+        if brace[0] == "{":
+            opened.append(brace.start())
+        elif opened:
+            spans.append((opened.pop(), brace.end()))
+    last = reversed(spans[-GRID_TRIES:])
+    return next((tail[start:end] for start, end in last if grid(tail[start:end])), None)
 
 
 def _from_table(table: dict[str, Any]) -> dict[str, Any] | None:
