@@ -28,6 +28,7 @@ from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, sing
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
 from tempo_engine.verify import ExactMatch, Verifier
+from tempo_engine.verify.functions import RewardFunction
 from tempo_engine.verify.pool import Pool
 from tempo_engine.weights import (
     DTYPES,
@@ -54,6 +55,12 @@ class Dataset:
     questions: list[Question]
     verifier: Verifier
     generator: Generator | None
+    needs_answers: bool = True
+
+    @property
+    def unanswered(self) -> Question | None:
+        """The first question of which nobody could say what is right."""
+        return next((q for q in self.questions if self.needs_answers and not q.answers), None)
 
 
 @dataclass
@@ -66,6 +73,11 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     tokenizer: Any
     verifiers: list[Verifier]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user is told of how rewards are come by."""
+        return sorted({v.note for v in self.verifiers if isinstance(v, RewardFunction)})
 
 
 def build(recipe: Recipe) -> Parts:
@@ -121,7 +133,7 @@ def build(recipe: Recipe) -> Parts:
         frozen_critic=critic.frozen_copy() if critic and recipe.keeps_frozen_critic else None,
         oracle=_oracle(datasets["unlabelled"], with_answers("unlabelled")) if recipe.em.posterior == "oracle" else None,
     )
-    audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
+    audited = [name for name in datasets if name != "labelled" and datasets[name].unanswered is None]
     sets = [
         EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].verifier) for name in audited
     ]
@@ -174,12 +186,10 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
         for name, (source, split) in sources.items()
     }
     for name in datasets:
-        if name.startswith("evaluation.") or name == "labelled":
-            unanswered = next((q for q in datasets[name].questions if not q.answers), None)
-            if unanswered:
-                raise UserError(
-                    f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
-                )
+        if name != "unlabelled" and (unanswered := datasets[name].unanswered):
+            raise UserError(
+                f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
+            )
     for name in list(datasets)[1:]:
         check_disjoint({f"data.{n}": datasets[n].questions for n in ("labelled", "unlabelled", name) if n in datasets})
     return datasets
@@ -187,7 +197,7 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
 
 def _dataset(source: Source, split: Split, seed: int, where: str, pool: Pool) -> Dataset:
     if isinstance(source, JsonlSource):
-        return Dataset(*read_file(source, pool), None)
+        return Dataset(*read_file(source, pool), None, source.verifier.compares_answers)
     generator: Generator
     if isinstance(source, SignsSource):
         generator = Signs(source.terms, source.largest, source.unique)
@@ -203,8 +213,7 @@ def _dataset(source: Source, split: Split, seed: int, where: str, pool: Pool) ->
 
 def _oracle(unlabelled: Dataset, items: list[Labelled]) -> Oracle:
     """What no other posterior gets: the answers of the unlabelled questions."""
-    unanswered = next((q for q in unlabelled.questions if not q.answers), None)
-    if unanswered:
+    if unanswered := unlabelled.unanswered:
         raise UserError(
             f"posterior oracle trains on the answers of data.unlabelled, but {str(unanswered.content)[:60]!r} has none; "
             "choose another em.posterior"

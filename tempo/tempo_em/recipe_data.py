@@ -56,6 +56,10 @@ class JsonlSource(Strict):
     verifier: VerifierRecipe = Field(default=VerifierRecipe(), description="who says whether a response is right")
     limit: Positive | None = Field(default=None, description="read at most this many questions")
 
+    @property
+    def has_no_answers(self) -> bool:
+        return self.answer is None and self.verifier.compares_answers
+
 
 def _source_tag(value: Any) -> str:
     fields = value if isinstance(value, dict) else getattr(value, "__dict__", {})

@@ -52,6 +52,8 @@ class Training:
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
         self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
+        for text in self.parts.notes:
+            self.display.note(text)
         if self.loop.oracle:
             self.display.note(
                 "posterior oracle: answers of data.unlabelled reach training; an upper bound, not a method"

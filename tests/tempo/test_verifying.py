@@ -72,10 +72,22 @@ def load(folder: Path, verifier: str, *settings: str) -> Any:
 
 def test_a_recipe_takes_the_word_and_so_does_a_setting(tmp_path: Path):
     assert load(tmp_path, "int").verifier.type == "int"
+    assert load(tmp_path, "{function: 'rewards:score'}").verifier.function == "rewards:score"
     assert load(tmp_path, "int", "data.labelled.verifier=grid").verifier.type == "grid"
 
 
-@pytest.mark.parametrize("wrong", ["integer", "{type: number}", "{kind: int}"])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "integer",
+        "{type: number}",
+        "{kind: int}",
+        "{type: int, function: rewards:score}",
+        "{judge: {url: localhost, model: m}}",
+        "{judge: {url: 'http://h/v1'}}",
+        "{judge: {url: 'http://h/v1', model: m, prompt: hello}}",
+    ],
+)
 def test_an_unknown_word_is_answered_with_the_place(tmp_path: Path, wrong: str):
     with pytest.raises(UserError, match=r"data\.labelled\.verifier"):
         load(tmp_path, wrong)

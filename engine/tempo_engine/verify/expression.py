@@ -35,22 +35,10 @@ class Expression:
         return None if found is None else spelled(found) or None
 
     def rewards(self, responses: Sequence[Rollout], items: Sequence[Labelled]) -> list[float]:
-        answers = [self.extract(r.text) for r in responses]
-        verdicts = [
-            [settle(answer, spelled(gold)) for gold in sorted(item.answers)]
-            for answer, item in zip(answers, items, strict=True)
-        ]
-        pairs = [
-            pair for options in verdicts if 1.0 not in options for v in options if isinstance(v, list) for pair in v
-        ]
+        asked = [_ways(self.extract(r.text), item.answers) for r, item in zip(responses, items, strict=True)]
+        pairs = [pair for ways in asked for way in ways for pair in way]
         equal = dict(zip(pairs, self.pool.compare(pairs), strict=True)) if pairs else {}
-
-        def worth(verdict: float | list[Pair], options: list[float | list[Pair]]) -> float:
-            if isinstance(verdict, float):
-                return verdict
-            return 0.0 if 1.0 in options else min(equal[pair] for pair in verdict)
-
-        return [max((worth(v, options) for v in options), default=0.0) for options in verdicts]
+        return [float(any(all(equal[pair] for pair in way) for way in ways)) for ways in asked]
 
     def metrics(self) -> dict[str, float]:
         return self.pool.metrics()
@@ -64,19 +52,28 @@ def spelled(answer: str) -> str:
     return canonical(_FRACTION.sub(r"\\frac", _SPACING.sub("", answer)))
 
 
-def settle(answer: str | None, gold: str) -> float | list[Pair]:
-    """What strings decide; else the comparisons that must all hold. Both in their `spelled` form."""
+def _ways(answer: str | None, golds: frozenset[str]) -> list[list[Pair]]:
+    """The ways in which it may be right: one for each right answer that strings do not rule out."""
     if answer is None:
-        return 0.0
+        return []
+    ways = [way for gold in sorted(golds) if (way := settle(answer, spelled(gold))) is not None]
+    return [[]] if [] in ways else ways
+
+
+def settle(answer: str, gold: str) -> list[Pair] | None:
+    """The comparisons that must all hold; none when strings say that it is right, None when they say that it is wrong.
+
+    Both are in their `spelled` form.
+    """
     if answer == gold:
-        return 1.0
+        return []
     if _INTEGER.fullmatch(answer) and _INTEGER.fullmatch(gold):
-        return 0.0
+        return None
     words = _TEXT.sub(r"\1", gold)
     if _WORDS.fullmatch(words):  # a product of letters to mathematics: any anagram would do
-        return float(_TEXT.sub(r"\1", answer).casefold() == words.casefold())
+        return [] if _TEXT.sub(r"\1", answer).casefold() == words.casefold() else None
     if is_excessive(answer):
-        return 0.0
+        return None
     return [(side, gold) for side in _sides(answer, gold)]
 
 

@@ -72,14 +72,14 @@ def load() -> Compare:
             extraction_config=[LatexExtractionConfig()],
             fallback_mode="no_fallback",
             extraction_mode="first_match",
-            parsing_timeout=None,
+            parsing_timeout=0,
         )
 
     right = lru_cache(maxsize=1024)(parsed)  # asked for once a response of its group
 
     def compare(answer: str, gold: str) -> bool:
         try:
-            return verify(right(gold), parsed(answer), timeout_seconds=None)
+            return verify(right(gold), parsed(answer), timeout_seconds=0)
         except Exception:  # RecursionError and MemoryError too: what cannot be compared is not right
             return False
 
@@ -94,8 +94,8 @@ def _parse_in_two_stages() -> None:
 
     create = _Latex2Sympy.create_parser
 
-    def create_parser(self: Any, latex: str) -> Any:
-        parser: Any = create(self, latex)
+    def create_parser(self: _Latex2Sympy, latex_str: str) -> Any:
+        parser: Any = create(self, latex_str)
         whole = parser.math
 
         def math() -> Any:
