@@ -36,6 +36,7 @@ class RewardFunction:
     ) -> None:
         self.where, self._extract, self.seconds = where, extract, seconds
         self.prompt_column, self.answer_column = prompt_column, answer_column
+        self.columns: frozenset[str] = frozenset()
         self.function = find(where)
         self.parameters = inspect.signature(self.function).parameters
         self.takes_any = any(p.kind is p.VAR_KEYWORD for p in self.parameters.values())
@@ -46,7 +47,8 @@ class RewardFunction:
         self.note = f"reward function {where}: called as in {'verl' if self.is_verl else 'TRL'}"
 
     def check_columns(self, columns: Sequence[str], data: str) -> None:
-        """Raises UserError when it wants something that a row of the data does not have."""
+        """What rows of the data have. Raises UserError when it wants something else."""
+        self.columns = frozenset(columns)
         given = {*_VERL} if self.is_verl else {*_TRL, *columns}
         for name, p in self.parameters.items():
             is_wanted = p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
@@ -98,7 +100,7 @@ class RewardFunction:
         prompts = [item.columns.get(self.prompt_column, item.prompt.text) for item in items]
         texts = [r.text for r in responses]
         is_chat = [isinstance(prompt, list) for prompt in prompts]
-        names = {name for item in items for name in item.columns} - {self.prompt_column, *_TRL}
+        names = self.columns.union(*(item.columns for item in items)) - {self.prompt_column, *_TRL}
         everything = {
             "prompts": prompts,
             "completions": [

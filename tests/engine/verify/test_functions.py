@@ -156,6 +156,9 @@ def test_a_column_that_the_data_lacks_is_named():
     made("picky").check_columns(["prompt", "level"], "a.jsonl")
     made("trl").check_columns(["prompt"], "a.jsonl")
     made("verl").check_columns([], "a.jsonl")
+    function, items = made("picky"), rows({"prompt": "a"})
+    function.check_columns(["prompt", "level"], "a.jsonl")
+    assert function.rewards(said(items, "x"), items) == [1.0], "of rows that all lack a column it is None, not missing"
     with pytest.raises(UserError, match=r"wants 'level'; a.jsonl gives .*prompt"):
         made("picky").check_columns(["prompt"], "a.jsonl")
 
