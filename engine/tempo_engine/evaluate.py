@@ -19,7 +19,7 @@ from tempo_engine.model import Critic
 from tempo_engine.packing import pack
 from tempo_engine.rollout import Labelled, Rollout
 from tempo_engine.samplers import Sampler
-from tempo_engine.tasks.answers import Extract
+from tempo_engine.verify import Verifier, verify
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class EvaluationSet:
 
     name: str
     items: Sequence[Labelled]
-    extract: Extract
+    verifier: Verifier
 
 
 def evaluate(
@@ -44,16 +44,23 @@ def evaluate(
     """Sample `num_samples` responses to every prompt and score them; returns the metrics and the rollouts behind them.
 
     `target` is what the critic regresses a wrong and a right response on, (0, 1) or (-1, 1): its terminal values are mapped to
-    probabilities by it. Critic metrics exist only with a critic, pass@k for the powers of two up to `num_samples`.
+    probabilities by it. Critic metrics exist only with a critic, pass@k for the powers of two up to `num_samples`. Where rewards
+    are fractions, mean@k is their mean, and what counts right responses counts those above one half.
     """
     items = evaluation_set.items
     rollouts = sampler.sample([item.prompt for item in items], num_samples, key=f"{key}/{evaluation_set.name}")
     groups = [rollouts[i : i + num_samples] for i in range(0, len(rollouts), num_samples)]
-    answers = [[evaluation_set.extract(r.text) for r in group] for group in groups]
-    right = [item.answers for item in items]
-    correct_PK = np.array([[a in ok for a in group] for group, ok in zip(answers, right, strict=True)], dtype=float)
+    verifier = evaluation_set.verifier
+    answers = [[verifier.extract(r.text) for r in group] for group in groups]
+    rewards = verify(verifier, rollouts, [item for item in items for _ in range(num_samples)])
+    reward_PK = np.array(rewards, dtype=float).reshape(len(items), num_samples)
+    correct_PK = (reward_PK > 0.5).astype(float)
+    right = [
+        frozenset(a for a, is_right in zip(group, correct_K, strict=True) if is_right and a is not None)
+        for group, correct_K in zip(answers, correct_PK, strict=True)
+    ]
     metrics = {
-        f"mean@{num_samples}": float(correct_PK.mean()),
+        f"mean@{num_samples}": float(reward_PK.mean()),
         **{f"pass@{k}": pass_at_k(correct_PK, k) for k in _powers_of_two(num_samples)},
         f"maj@{num_samples}": majority_at_k(answers, right),
         "distinct_answers": distinct_answers(answers),
@@ -63,8 +70,8 @@ def evaluate(
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
     }
     if critic is not None:
-        probability_PK = terminal_probabilities(critic, target, rollouts, micro_batch_tokens).reshape(correct_PK.shape)
-        metrics |= calibration(probability_PK, correct_PK)
+        probability_PK = terminal_probabilities(critic, target, rollouts, micro_batch_tokens).reshape(reward_PK.shape)
+        metrics |= calibration(probability_PK, reward_PK)
     return metrics, rollouts
 
 

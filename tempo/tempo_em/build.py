@@ -19,12 +19,13 @@ from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
-from tempo_engine.tasks.answers import EXTRACTORS, Extract
-from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
 from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
+from tempo_engine.verify import ExactMatch, Verifier
+from tempo_engine.verify.functions import RewardFunction
+from tempo_engine.verify.pool import Pool
 from tempo_engine.weights import (
     DTYPES,
     blank_causal_lm,
@@ -40,15 +41,22 @@ from tempo_em.recipe import OptimRecipe, Recipe
 from tempo_em.recipe_data import JsonlSource, Source
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
+from tempo_em.verifying import make_pool, read_file
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The questions of one source, how their answers are read, and the generator behind them, if any."""
+    """The questions of one source, who says what is right, and the generator behind them, if any."""
 
     questions: list[Question]
-    extract: Extract
+    verifier: Verifier
     generator: Generator | None
+    needs_answers: bool = True
+
+    @property
+    def unanswered(self) -> Question | None:
+        """The first question of which nobody could say what is right."""
+        return next((q for q in self.questions if self.needs_answers and not q.answers), None)
 
 
 @dataclass
@@ -60,6 +68,12 @@ class Parts:
     cold_start: ColdStart | None
     evaluation_sets: list[EvaluationSet]
     tokenizer: Any
+    verifiers: list[Verifier]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user is told of how rewards are come by."""
+        return sorted({v.note for v in self.verifiers if isinstance(v, RewardFunction)})
 
 
 def build(recipe: Recipe) -> Parts:
@@ -80,7 +94,7 @@ def build(recipe: Recipe) -> Parts:
 
     def with_answers(name: str) -> list[Labelled]:
         pairs = zip(prompts[name], datasets[name].questions, strict=True)
-        return [Labelled(prompt, question.answers) for prompt, question in pairs]
+        return [Labelled(prompt, question.answers, question.columns) for prompt, question in pairs]
 
     policy = _policy(recipe, tokenizer, device)
     critic = None
@@ -103,8 +117,8 @@ def build(recipe: Recipe) -> Parts:
         sampler=sampler,
         labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
         unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.loop_seed}/unlabelled"),
-        extract_labelled=datasets["labelled"].extract,
-        extract_unlabelled=datasets["unlabelled"].extract,
+        verifier=datasets["labelled"].verifier,
+        extract_unlabelled=datasets["unlabelled"].verifier.extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
         critic_optimizer=None
         if critic is None
@@ -113,13 +127,14 @@ def build(recipe: Recipe) -> Parts:
         critic_update=_critic_update(recipe),
         clock=Clock(),
         frozen_critic=critic.frozen_copy() if critic and recipe.keeps_frozen_critic else None,
-        oracle=_oracle(datasets["unlabelled"]) if recipe.em.posterior == "oracle" else None,
+        oracle=_oracle(datasets["unlabelled"], with_answers("unlabelled")) if recipe.em.posterior == "oracle" else None,
     )
-    audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
+    audited = [name for name in datasets if name != "labelled" and datasets[name].unanswered is None]
     sets = [
-        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
+        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].verifier) for name in audited
     ]
-    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer)
+    verifiers = [dataset.verifier for dataset in datasets.values()]
+    return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer, verifiers)
 
 
 def stages_of(recipe: Recipe) -> list[Stage]:
@@ -161,41 +176,37 @@ def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
         "unlabelled": (recipe.data.unlabelled, "unlabelled"),
         **{f"evaluation.{name}": (source, "heldout") for name, source in recipe.data.evaluation.items()},
     }
+    pool = make_pool()
     datasets = {
-        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}")
+        name: _dataset(source, split, recipe.seed if split == "labelled" else recipe.loop_seed, f"data.{name}", pool)
         for name, (source, split) in sources.items()
     }
     for name in datasets:
-        if name.startswith("evaluation.") or name == "labelled":
-            unanswered = next((q for q in datasets[name].questions if not q.answers), None)
-            if unanswered:
-                raise UserError(
-                    f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
-                )
+        if name != "unlabelled" and (unanswered := datasets[name].unanswered):
+            raise UserError(
+                f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
+            )
     for name in list(datasets)[1:]:
         check_disjoint({f"data.{n}": datasets[n].questions for n in ("labelled", "unlabelled", name) if n in datasets})
     return datasets
 
 
-def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
+def _dataset(source: Source, split: Split, seed: int, where: str, pool: Pool) -> Dataset:
     if isinstance(source, JsonlSource):
-        questions = read_questions(
-            source.jsonl, prompt_column=source.prompt, answer_column=source.answer, limit=source.limit
-        )
-        return Dataset(questions, EXTRACTORS[source.extract], None)
+        return Dataset(*read_file(source, pool), None, source.verifier.compares_answers)
     generator = source.generate()
-    return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
+    questions = draw_questions(generator, split, source.count, seed=seed, where=where)
+    return Dataset(questions, ExactMatch(generator.extract), generator)
 
 
-def _oracle(unlabelled: Dataset) -> Oracle:
+def _oracle(unlabelled: Dataset, items: list[Labelled]) -> Oracle:
     """What no other posterior gets: the answers of the unlabelled questions."""
-    unanswered = next((q for q in unlabelled.questions if not q.answers), None)
-    if unanswered:
+    if unanswered := unlabelled.unanswered:
         raise UserError(
             f"posterior oracle trains on the answers of data.unlabelled, but {str(unanswered.content)[:60]!r} has none; "
             "choose another em.posterior"
         )
-    return Oracle({question.id: question.answers for question in unlabelled.questions})
+    return Oracle({item.prompt.id: item for item in items}, unlabelled.verifier)
 
 
 def tokenizer_for(datasets: dict[str, Dataset]) -> Any:

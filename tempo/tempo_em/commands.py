@@ -122,6 +122,7 @@ def _dry_run(resolved: ResolvedRecipe) -> None:
     parameters = sum(p.numel() for _, p in loop.policy.parameters())
     labelled, unlabelled = resolved.recipe.groups(resolved.recipe.em.labelled_share)
     print(f"# prompts: {', '.join(sizes)}")
+    print("".join(f"# {text}\n" for text in parts.notes), end="")
     print(f"# policy: {type(loop.policy.model).__name__}, {parameters:,} parameters on {loop.policy.device}; critic: "
           f"{resolved.recipe.critic.backbone if loop.critic else 'none'}")  # fmt: skip
     print(f"# an iteration samples {labelled} labelled and {unlabelled} unlabelled prompts; nothing was written")
@@ -168,6 +169,8 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
                 print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
         finally:
             loop.sampler.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     Console().print(summary_table({"now": results}))
     if json_file:
         json_file.write_text(json.dumps(plain(results), indent=1), encoding="utf-8")

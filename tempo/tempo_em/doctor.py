@@ -97,6 +97,8 @@ def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Pat
         finally:
             parts.loop.sampler.close()
             parts.loop.ahead.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     if json_file is not None:
         found = {"recipe": resolved.name, "machine": [check._asdict() for check in checks]} | verdict.to_json()
         json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")

@@ -7,6 +7,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from tempo_em.recipe_base import NoiseRate, Positive, SetName, Strict
 from tempo_em.recipe_generated import GENERATORS, GeneratedSource, one_of
+from tempo_em.recipe_verifier import VerifierRecipe
 
 
 class JsonlSource(Strict):
@@ -18,7 +19,12 @@ class JsonlSource(Strict):
     extract: Literal["boxed", "answer_line", "whole"] = Field(
         default="boxed", description="where a response states its answer"
     )
+    verifier: VerifierRecipe = Field(default=VerifierRecipe(), description="who says whether a response is right")
     limit: Positive | None = Field(default=None, description="read at most this many questions")
+
+    @property
+    def has_no_answers(self) -> bool:
+        return self.answer is None and self.verifier.compares_answers
 
 
 def _source_tag(value: Any) -> str:

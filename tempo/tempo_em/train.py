@@ -16,6 +16,7 @@ from tempo_engine.evaluate import evaluate
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
+from tempo_engine.verify import metrics_of
 from tempo_engine.weights import copy_weights, named_weights
 
 from tempo_em.alarms import Alarms
@@ -51,6 +52,8 @@ class Training:
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
         self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
+        for text in self.parts.notes:
+            self.display.note(text)
         if self.loop.oracle:
             self.display.note(
                 "posterior oracle: answers of data.unlabelled reach training; an upper bound, not a method"
@@ -116,6 +119,8 @@ class Training:
         finally:
             self.loop.sampler.close()  # ends what is being sampled ahead
             self.loop.ahead.close()
+            for verifier in self.parts.verifiers:
+                verifier.close()
             self.lock.release()
             self.display.close()
             for number, handler in handlers.items():
@@ -143,7 +148,7 @@ class Training:
         start = time.perf_counter()
         with self.loop.clock.time(f"stage/{name}"):
             metrics = iterate(self.iteration)
-        metrics |= self.loop.sampler.metrics()
+        metrics |= self.loop.sampler.metrics() | metrics_of(self.parts.verifiers)
         seconds = time.perf_counter() - start
         self._count_tokens(name, metrics)
         metrics |= {

@@ -8,6 +8,7 @@ from tempo_engine.evaluate import EvaluationSet, calibration, evaluate, terminal
 from tempo_engine.model import Critic, Policy
 from tempo_engine.rollout import Labelled, Prompt, Rollout
 from tempo_engine.tasks.answers import whole
+from tempo_engine.verify import ExactMatch
 
 MakePolicy = Callable[..., Policy]
 MakeRollouts = Callable[..., list[Rollout]]
@@ -43,7 +44,7 @@ class Recorded:
 
 def evaluation_set(*answers: str) -> EvaluationSet:
     items = [Labelled(Prompt(str(i), "", (2, 3)), frozenset({a})) for i, a in enumerate(answers)]
-    return EvaluationSet("test", items, whole)
+    return EvaluationSet("test", items, ExactMatch(whole))
 
 
 def test_accuracy_and_diversity_by_hand() -> None:

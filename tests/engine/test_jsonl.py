@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.jsonl import read_questions
 from tempo_engine.tasks.question import Question
+from tempo_engine.verify.kinds import KINDS
 
 
 @pytest.fixture
@@ -194,3 +195,33 @@ def test_any_text_file_parses_or_raises_a_user_error(tmp_path_factory: pytest.Te
 @settings(deadline=None)
 def test_any_binary_file_parses_or_raises_a_user_error(tmp_path_factory: pytest.TempPathFactory, data: bytes):
     assert parses_or_says_why(tmp_path_factory.getbasetemp(), data)
+
+
+# --- Kinds of answers --------------------------------------------------------------------------------------------------------
+
+
+def test_right_answers_are_spelled_as_their_kind_spells_them(file: Path):
+    write(file, row("q", ["(b)", "C."]))
+    questions = read_questions(file, prompt_column="prompt", answer_column="answer", kind=KINDS["choice"])
+    assert questions[0].answers == {"B", "C"}
+
+
+def test_a_right_answer_of_another_kind_is_named(file: Path):
+    write(file, row("p", 3), row("q", "three"))
+    with pytest.raises(UserError, match=r"line 2: the answer must be an integer, .* got 'three'"):
+        read_questions(file, prompt_column="prompt", answer_column="answer", kind=KINDS["int"])
+
+
+def test_a_grid_may_be_an_object(file: Path):
+    cells = {"House 1": {"Name": "Eric"}}
+    write(file, row("p", cells), row("q", json.dumps(cells)))
+    one, other = read_questions(file, prompt_column="prompt", answer_column="answer", kind=KINDS["grid"])
+    assert one.answers == other.answers == {'{"house 1 / name": "eric"}'}
+
+
+def test_rows_are_kept_only_where_they_are_asked_for(file: Path):
+    write(file, row("q", 7) | {"level": 3})
+    assert read(file)[0].columns == {}
+    (kept,) = read_questions(file, prompt_column="prompt", answer_column=None, keeps_columns=True)
+    assert kept.columns == {"prompt": "q", "answer": 7, "level": 3}
+    assert kept.id == read(file)[0].id

@@ -2,7 +2,7 @@
 micro-batches or kernels. The responses are random; gradients are compared before each optimiser step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -17,6 +17,7 @@ from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.tasks.answers import whole
+from tempo_engine.verify import ExactMatch
 from torch import Tensor
 
 RECIPE: dict[str, Any] = {
@@ -280,7 +281,9 @@ def make_loop(*settings: str) -> tuple[EMLoop, Any]:
     loop, datasets = parts.loop, load_datasets(recipe)
     right = {q.id: q.answers for name in ("labelled", "unlabelled") for q in datasets[name].questions}
     loop.sampler = Scripted(right, len(parts.tokenizer))  # pyright: ignore[reportAttributeAccessIssue]
-    loop.extract_labelled = loop.extract_unlabelled = whole
+    loop.verifier, loop.extract_unlabelled = ExactMatch(whole), whole
+    if loop.oracle:
+        loop.oracle = replace(loop.oracle, verifier=ExactMatch(whole))
     if loop.critic:
         generator = torch.Generator().manual_seed(5)
         for _, p in loop.critic.parameters():

@@ -3,8 +3,8 @@
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
 
 from tempo_engine.errors import UserError
 
@@ -16,14 +16,15 @@ class Question:
     """A question before tokenisation: Question("3 5 = (8)", answers=frozenset({"+3+5"})).
 
     `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known. `shown`: the
-    prompt's text where that is more than the content, such as worked questions before it. `part`: which
-    generator of a mix drew it.
+    prompt's text where that is more than the content, such as worked questions before it. `part`: which generator of a mix drew
+    it. `columns`: its row of a file, where a verifier reads more than answers.
     """
 
     content: str | tuple[tuple[str, str], ...]
     answers: frozenset[str] = frozenset()
     shown: str = ""
     part: int = 0
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def id(self) -> str:
