@@ -1,4 +1,5 @@
-"""tempo-engine: train, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is quick."""
+"""tempo-engine: train, report, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is
+quick."""
 
 import sys
 from pathlib import Path
@@ -46,6 +47,22 @@ def train(
     from tempo_em.commands import train_command
 
     raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run, nproc))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default RUN/report.html, needed with several runs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again every few seconds until the runs are finished.")
+    ] = False,
+) -> None:
+    """Write one HTML page on runs, which needs no network: what they showed, curves, samples, time, recipe."""
+    from tempo_em.commands import report_command
+
+    raise typer.Exit(report_command(runs, to, watch))
 
 
 @app.command()

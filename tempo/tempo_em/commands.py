@@ -97,6 +97,13 @@ def train_command(
 
 
 @_exit_codes
+def report_command(runs: list[Path], to: Path | None, watch: bool) -> None:
+    from tempo_em.report.command import report
+
+    report(runs, to, watch=watch, say=lambda line: print(line, flush=True))
+
+
+@_exit_codes
 def compare_command(comparison: str, out: Path | None, jobs: int, into: Path | None) -> None:
     from tempo_em.compare.command import compare
 
@@ -160,7 +167,7 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         try:
             loop.sampler.load(loop.policy)
             for evaluation_set in parts.evaluation_sets:
-                results[evaluation_set.name], _ = evaluate(
+                results[evaluation_set.name], *_ = evaluate(
                     loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
                     num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
                     key="evaluation/eval",

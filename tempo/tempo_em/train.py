@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from tempo_engine import checkpoint, export, parallel
 from tempo_engine.checkpoint import Checkpoints
 from tempo_engine.errors import Halted, Interrupted, NonFinite, UserError
-from tempo_engine.evaluate import evaluate
+from tempo_engine.evaluate import Judged, evaluate
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
@@ -24,6 +24,7 @@ from tempo_em.console import Display, Silence, evaluation_line
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
 from tempo_em.run_folder import Lock, begin_folder, check_start, has_other_questions, may_resume
+from tempo_em.samples import sample_rows
 from tempo_em.schedule import Stage
 from tempo_em.waiting import Waiting
 
@@ -195,13 +196,13 @@ class Training:
         loop = self.loop
         critic = loop.critic if with_critic and self._critic_is_fitted() else None
         results: dict[str, dict[str, float]] = {}
-        rollouts: dict[str, list[Rollout]] = {}
+        rollouts: dict[str, tuple[list[Rollout], Judged]] = {}
         with loop.clock.time("evaluation"):
             loop.sampler.load(loop.policy)
             for evaluation_set in self.parts.evaluation_sets:
                 self._stop_if_asked()
                 name = evaluation_set.name
-                results[name], rollouts[name] = evaluate(
+                results[name], sampled, judged = evaluate(
                     loop.sampler,
                     critic,
                     self.recipe.critic.target_range,
@@ -210,29 +211,26 @@ class Training:
                     micro_batch_tokens=self.recipe.micro_batch_tokens,
                     key=f"evaluation/{label}",
                 )
-        loop.clock.lap()
+                rollouts[name] = sampled, judged
+        seconds = loop.clock.lap()["evaluation"]
         # Counted and written only now: an evaluation that a signal cut short is done again from its beginning.
         self.evaluations[label] = results
-        for name, sampled in rollouts.items():
+        for name, (sampled, judged) in rollouts.items():
             self.tokens["evaluation"] += sum(len(r.response_ids) for r in sampled)
-            self._write_samples(label, name, sampled)
-        row = {
+            for row in sample_rows(sampled, judged, self.parts.tokenizer, step=self.recipe.evaluation.samples):
+                self.samples.write({"evaluation": label, "set": name, **row})
+        found: dict[str, Any] = {
             _verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()
         }
-        self.metrics.write({"step": self.step, "evaluation": label, **row})
+        bins = {name: judged.reliability for name, (_, judged) in rollouts.items() if judged.reliability}
+        found |= {"reliability": bins} if bins else {}
+        self.metrics.write({"step": self.step, "evaluation": label, **found, "timing_s/evaluation": seconds})
         if results:
             self.display.note(evaluation_line(label, results))
 
     def _critic_is_fitted(self) -> bool:
         optimizer = self.loop.critic_optimizer
         return optimizer is not None and (optimizer.num_steps > 0 or self.recipe.critic.path is not None)
-
-    def _write_samples(self, label: str, set_name: str, rollouts: list[Rollout]) -> None:
-        """The first sample of the first prompts, to read what the numbers are made of."""
-        step = self.recipe.evaluation.samples
-        for rollout in rollouts[: 8 * step : step]:
-            text = {"prompt": rollout.prompt.text, "response": rollout.text}
-            self.samples.write({"evaluation": label, "set": set_name, **text})
 
     def _count_tokens(self, stage: str, metrics: dict[str, float]) -> None:
         generated = int(metrics.get("tokens/generated", 0))
