@@ -1,6 +1,6 @@
 """What samples.jsonl holds of an evaluation: a few responses to read, and what the critic thought of them token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from tempo_engine.evaluate import Judged
@@ -23,7 +23,7 @@ def sample_rows(rollouts: Sequence[Rollout], judged: Judged, tokenizer: Any, *, 
         yield row
 
 
-def with_values(rollout: Rollout, values: Sequence[float], tokenizer: Any) -> dict[str, Any]:
+def with_values(rollout: Rollout, values: Iterable[float], tokenizer: Any) -> dict[str, Any]:
     """`tokens`, their texts, and `values`: the critic's before the first of them, and after each. `left_out` tokens are missing
     after the first EACH_END."""
     ids, rounded = rollout.response_ids, [round(float(v), 3) for v in values]

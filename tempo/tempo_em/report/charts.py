@@ -118,8 +118,8 @@ def _vertical(curves: Sequence[Curve], axis: Axis) -> Scale:
         low, high = (low, high) if low < high else (low - 1, high + 1)
         step = -(-(high - low) // 5)
         return Scale(low, high, HEIGHT - BOTTOM, TOP, [float(t) for t in range(low, high + 1, step)])
-    low = min([*values, *([axis.low] if axis.low is not None else [])])
-    high = max([*values, *([axis.high] if axis.high is not None else [])])
+    low = min(values) if axis.low is None else min(*values, axis.low)
+    high = max(values) if axis.high is None else max(*values, axis.high)
     low, high = _widened(low, high)
     marks = ticks(low, high, 4)
     step = marks[1] - marks[0] if len(marks) > 1 else high - low
@@ -268,7 +268,7 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [float(f"{i * step:.12g}") for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def _frame(svg: Element, x: Scale, y: Scale, axis: Axis, x_label: str) -> None:

@@ -126,7 +126,7 @@ def _times(group: Compared) -> dict[str, Any]:
         "parts": [(name, style, timing.duration(value), value / (seconds or 1.0)) for name, style, value in total],
         "share": charts.share_bar(f"{key}-share", "Seconds of the whole run", total) if total else None,
         "bars": charts.stacked_bars(f"{key}-bars", "Seconds of each iteration", phases, bars)
-        if phases and bars
+        if any(sum(each) for _, each in bars)
         else None,
         "phases": phases,
     }

@@ -50,7 +50,10 @@ def pairs(run: Run, key: str, most: int = 6) -> dict[str, list[Pair]]:
     last = [label for label in by_label if label not in ("start", "base")]
     labels = [label for label in (before, last[-1] if last else None) if label]
     names = run.sets or sorted({name for label in labels for name in by_label[label]})
-    found = {name: _of_set(name, [(label, by_label[label][name]) for label in labels], key, most) for name in names}
+    found = {
+        name: _of_set(name, [(label, by_label[label][name]) for label in labels], f"{key}-{i}", most)
+        for i, name in enumerate(names)
+    }
     return {name: rows for name, rows in found.items() if rows}
 
 
@@ -59,8 +62,8 @@ def _of_set(set_name: str, sides: list[tuple[str, list[Row]]], key: str, most: i
     found = []
     for i, prompt in enumerate(prompts[:most]):
         responses = [
-            _response(label, row, f"{key}-{set_name}-{i}-{label}".replace("/", "-").replace(" ", "-"))
-            for label, rows in sides
+            _response(label, row, f"{key}-{i}-{side}")
+            for side, (label, rows) in enumerate(sides)
             for row in [row for row in rows if str(row.get("prompt")) == prompt][:1]
         ]
         found.append(Pair(set_name, prompt[-LONGEST:], responses))

@@ -21,7 +21,7 @@ def phases_of(rows: Sequence[Row]) -> list[str]:
     """Phases that the EM loop's iterations name, and `idle` for what is left of a step."""
     prefix = "timing_s/"
     seen = {name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)} - {"step"}
-    return [*(p for p in PHASES if p in seen), *sorted(seen - set(PHASES)), *(["idle"] if seen else [])]
+    return [*(p for p in PHASES if p in seen), *sorted(seen - set(PHASES)), "idle"]
 
 
 def seconds_of(row: Row, phases: Sequence[str]) -> list[float]:
