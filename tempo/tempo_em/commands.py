@@ -24,6 +24,7 @@ from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.launch import is_rank, launch, report_exit_code
 from tempo_em.loading import ResolvedRecipe, load_recipe, packaged
 from tempo_em.presets import PRESETS
+from tempo_em.sinks import check_installed
 
 P = ParamSpec("P")
 
@@ -65,6 +66,7 @@ def train_command(
     nproc: int | None = None,
 ) -> int | None:
     resolved = load_recipe(recipe, settings)
+    check_installed(resolved.recipe.tracking)
     if dry_run:
         _dry_run(resolved)
         return None

@@ -26,6 +26,7 @@ from tempo_em.plot import plot_run
 from tempo_em.run_folder import Lock, begin_folder, check_start, has_other_questions, may_resume
 from tempo_em.samples import sample_rows
 from tempo_em.schedule import Stage
+from tempo_em.sinks import Sinks
 from tempo_em.waiting import Waiting
 
 
@@ -86,11 +87,13 @@ class Training:
                 export.save_skeleton(self.loop.policy, self.parts.tokenizer, run_dir / "model")
             parallel.wait_for_all()
         self.checkpoints = Checkpoints(folder, keep=how.keep, asynchronous=how.asynchronous)
+        self.sinks = Sinks(self.recipe.tracking if parallel.is_main() else None, self.display.note)
 
     def run(self) -> dict[str, Any]:
         """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            self.sinks.begin(self.recipe.model_dump(mode="json"), self.run_dir, self.step)
             self.loop.sampler.open(self.run_dir / "servers", self.loop.policy)
             while self.stage < len(self.stages):
                 name, iterations, iterate = self.stages[self.stage]
@@ -117,6 +120,7 @@ class Training:
         finally:
             self.loop.sampler.close()  # ends what is being sampled ahead
             self.loop.ahead.close()
+            self.sinks.close()
             self.lock.release()
             self.display.close()
             for number, handler in handlers.items():
@@ -156,13 +160,17 @@ class Training:
         if "tokens/generated" in metrics:
             metrics["perf/throughput"] = metrics["tokens/generated"] / seconds
         self.iteration, self.step = self.iteration + 1, self.step + 1
-        self.metrics.write({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
+        self._log({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
         self.display.advance(name, self.iteration - 1, metrics)
         saves = self.recipe.checkpoint.every and self.iteration % self.recipe.checkpoint.every == 0
         if saves and self.iteration < iterations:
             self._save()
         self.checkpoints.poll()
         self._stop_if_asked()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.sinks.write(self.step, row)
 
     def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
         alarms, sentences = self.alarms.look(metrics)
@@ -224,7 +232,7 @@ class Training:
         }
         bins = {name: judged.reliability for name, (_, judged) in rollouts.items() if judged.reliability}
         found |= {"reliability": bins} if bins else {}
-        self.metrics.write({"step": self.step, "evaluation": label, **found, "timing_s/evaluation": seconds})
+        self._log({"step": self.step, "evaluation": label, **found, "timing_s/evaluation": seconds})
         if results:
             self.display.note(evaluation_line(label, results))
 

@@ -38,7 +38,7 @@ class Axis:
         if self.is_log:
             return f"1e{value:g}"
         value, step, unit = (100 * value, 100 * step, "%") if self.is_share else (value, step, "")
-        if step >= 1000:
+        if step >= 1000 and value:
             return f"{value / 1000:,.{_digits(step / 1000)}f}k{unit}"
         return f"{value:,.{_digits(step)}f}{unit}"
 
