@@ -1,6 +1,7 @@
 """tempo-engine: train, report, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is
 quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -110,13 +111,21 @@ def recipes(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-    target: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/ and critic/.")],
+    target: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/, critic/ and a card.")
+    ],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
 ) -> None:
-    """Write a checkpoint's policy and critic as Hugging Face models."""
+    """Write a checkpoint's policy and critic as Hugging Face models, with a model card."""
+    if push:  # else every command is offline
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
     from tempo_em.commands import export_command
 
-    raise typer.Exit(export_command(run, target, step))
+    raise typer.Exit(export_command(run, target, step, push, private))
 
 
 @app.command(name="import")

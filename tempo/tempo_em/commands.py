@@ -221,11 +221,20 @@ def bench_kernels_command(
 
 
 @_exit_codes
-def export_command(run_dir: Path, target: Path, step: int | None) -> None:
+def export_command(
+    run_dir: Path, target: Path, step: int | None, repository: str | None = None, private: bool = False
+) -> None:
+    from tempo_em import hub
     from tempo_em.export import export_run
 
-    for folder in export_run(run_dir, target, step):
-        print(f"wrote {folder}")
+    if private and repository is None:
+        raise UserError("--private is about --push USER/NAME: add that, or leave it out")
+    api = hub.connect(repository) if repository else None
+    written = export_run(run_dir, target, step)
+    for path in written:
+        print(f"wrote {path}")
+    if repository and written:
+        print(f"pushed to {hub.push(api, repository, target, private=private)}")
 
 
 @_exit_codes

@@ -25,7 +25,7 @@ def scalars(run_dir: Path, name: str) -> list[tuple[int, float]]:
     return [(event.step, event.value) for event in events.Scalars(name)]
 
 
-def in_metrics_file(training: Training, name: str) -> list[tuple[int, float]]:
+def in_metrics_file(training: Training, name: str) -> list[tuple[int, Any]]:
     rows = [json.loads(line) for line in (training.run_dir / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], pytest.approx(row[name])) for row in rows if row.get(name) is not None]
 
