@@ -14,6 +14,7 @@ from tempo_engine.metrics import (
     expected_calibration_error,
     majority_at_k,
     pass_at_k,
+    reliability,
 )
 from tempo_engine.model import Critic
 from tempo_engine.packing import pack
@@ -31,6 +32,21 @@ class EvaluationSet:
     verifier: Verifier
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What was found of each response: Judged([True], values=[[0.4, 0.6, 0.9]], terminal=[0.9], reliability=[(1, 0.9, 1.0)]).
+
+    `values` are the critic's T + 1 values as probabilities of being right, clamped to [0, 1]; T of them for a critic that never
+    sees the last token. `terminal` is the one that counts as outcome. `values`, `terminal` and `reliability` are empty without a
+    critic.
+    """
+
+    is_right: list[bool]
+    values: list[np.ndarray]
+    terminal: list[float]
+    reliability: list[tuple[int, float, float]]
+
+
 def evaluate(
     sampler: Sampler,
     critic: Critic | None,
@@ -40,8 +56,8 @@ def evaluate(
     num_samples: int,
     micro_batch_tokens: int,
     key: str,
-) -> tuple[dict[str, float], list[Rollout]]:
-    """Sample `num_samples` responses to every prompt and score them; returns the metrics and the rollouts behind them.
+) -> tuple[dict[str, float], list[Rollout], Judged]:
+    """Sample `num_samples` responses to every prompt and score them; returns the metrics, and the rollouts behind them as judged.
 
     `target` is what the critic regresses a wrong and a right response on, (0, 1) or (-1, 1): its terminal values are mapped to
     probabilities by it. Critic metrics exist only with a critic, pass@k for the powers of two up to `num_samples`. Where rewards
@@ -69,20 +85,27 @@ def evaluate(
         "response_length/mean": float(np.mean([len(r.response_ids) for r in rollouts])),
         "response_length/clip_ratio": float(np.mean([r.is_truncated for r in rollouts])),
     }
-    if critic is not None:
-        probability_PK = terminal_probabilities(critic, target, rollouts, micro_batch_tokens).reshape(reward_PK.shape)
-        metrics |= calibration(probability_PK, reward_PK)
-    return metrics, rollouts
+    is_right = [bool(c) for c in correct_PK.ravel()]
+    if critic is None:
+        return metrics, rollouts, Judged(is_right, [], [], [])
+    values, terminal_N = probabilities(critic, target, rollouts, micro_batch_tokens)
+    metrics |= calibration(terminal_N.reshape(reward_PK.shape), reward_PK)
+    bins = reliability(terminal_N, reward_PK.ravel())
+    return metrics, rollouts, Judged(is_right, values, terminal_N.tolist(), bins)
 
 
-def terminal_probabilities(
+def probabilities(
     critic: Critic, target: tuple[float, float], rollouts: Sequence[Rollout], micro_batch_tokens: int
-) -> np.ndarray:
-    """The critic's terminal values as probabilities of being right, clamped to [0, 1], [N]."""
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The critic's values as probabilities of being right, clamped to [0, 1]: of each response before and after each token, up to
+    the terminal one, and the terminal ones, [N]."""
     batch = pack(rollouts, device=critic.device)
-    terminal_S = critic.terminal_values(critic.values(batch, micro_batch_tokens), batch)
     low, high = target
-    return ((terminal_S - low) / (high - low)).clamp(0, 1).cpu().double().numpy()
+    value_TS = critic.values(batch, micro_batch_tokens)
+    terminal_S = critic.terminal_values(value_TS, batch)
+    value, terminal = (((x - low) / (high - low)).clamp(0, 1).cpu().double().numpy() for x in (value_TS, terminal_S))
+    each = np.split(value, batch.cu_values_S1.cpu().numpy()[1:-1])
+    return [v if critic.terminal == "after_last_token" else v[:-1] for v in each], terminal
 
 
 def calibration(probability_PK: np.ndarray, correct_PK: np.ndarray) -> dict[str, float]:

@@ -1,5 +1,7 @@
-"""tempo-engine: train, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is quick."""
+"""tempo-engine: train, report, compare, eval, recipes, export, import, plan, doctor, bench. Only commands import torch: --help is
+quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -49,6 +51,22 @@ def train(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default RUN/report.html, needed with several runs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again every few seconds until the runs are finished.")
+    ] = False,
+) -> None:
+    """Write one HTML page on runs, which needs no network: what they showed, curves, samples, time, recipe."""
+    from tempo_em.commands import report_command
+
+    raise typer.Exit(report_command(runs, to, watch))
+
+
+@app.command()
 def compare(
     comparison: Annotated[str, typer.Argument(help="Path of a comparison.yaml, or the name of a packaged comparison.")],
     out: Annotated[
@@ -93,13 +111,21 @@ def recipes(
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-    target: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/ and critic/.")],
+    target: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/, critic/ and a card.")
+    ],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
 ) -> None:
-    """Write a checkpoint's policy and critic as Hugging Face models."""
+    """Write a checkpoint's policy and critic as Hugging Face models, with a model card."""
+    if push:  # else every command is offline
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
     from tempo_em.commands import export_command
 
-    raise typer.Exit(export_command(run, target, step))
+    raise typer.Exit(export_command(run, target, step, push, private))
 
 
 @app.command(name="import")

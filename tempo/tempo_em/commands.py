@@ -24,6 +24,7 @@ from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.launch import is_rank, launch, report_exit_code
 from tempo_em.loading import ResolvedRecipe, load_recipe, packaged
 from tempo_em.presets import PRESETS
+from tempo_em.sinks import check_installed
 
 P = ParamSpec("P")
 
@@ -65,6 +66,7 @@ def train_command(
     nproc: int | None = None,
 ) -> int | None:
     resolved = load_recipe(recipe, settings)
+    check_installed(resolved.recipe.tracking)
     if dry_run:
         _dry_run(resolved)
         return None
@@ -94,6 +96,13 @@ def train_command(
         console.print(f"curves, summary, samples and models are in {run_dir}", soft_wrap=True)
     parallel.stop()
     return None
+
+
+@_exit_codes
+def report_command(runs: list[Path], to: Path | None, watch: bool) -> None:
+    from tempo_em.report.command import report
+
+    report(runs, to, watch=watch, say=lambda line: print(line, flush=True))
 
 
 @_exit_codes
@@ -161,7 +170,7 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         try:
             loop.sampler.load(loop.policy)
             for evaluation_set in parts.evaluation_sets:
-                results[evaluation_set.name], _ = evaluate(
+                results[evaluation_set.name], *_ = evaluate(
                     loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
                     num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
                     key="evaluation/eval",
@@ -215,11 +224,20 @@ def bench_kernels_command(
 
 
 @_exit_codes
-def export_command(run_dir: Path, target: Path, step: int | None) -> None:
+def export_command(
+    run_dir: Path, target: Path, step: int | None, repository: str | None = None, private: bool = False
+) -> None:
+    from tempo_em import hub
     from tempo_em.export import export_run
 
-    for folder in export_run(run_dir, target, step):
-        print(f"wrote {folder}")
+    if private and repository is None:
+        raise UserError("--private is about --push USER/NAME: add that, or leave it out")
+    api = hub.connect(repository) if repository else None
+    written = export_run(run_dir, target, step)
+    for path in written:
+        print(f"wrote {path}")
+    if repository and written:
+        print(f"pushed to {hub.push(api, repository, target, private=private)}")
 
 
 @_exit_codes
