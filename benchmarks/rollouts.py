@@ -394,7 +394,7 @@ def main() -> int:
     torch.set_num_threads(1)
     rows: list[Row] = []
     try:
-        check_can_start(server_options("float32"), 1)
+        check_can_start(1, None)
         for case in [args.case] if args.case else CASES:
             found = CASES[case](args.quick)
             print(table(found), end="\n\n", flush=True)

@@ -1,6 +1,9 @@
 """Shared by all tests: one thread, small models, quiet libraries, Triton as an interpreter."""
 
 import os
+import random
+import sys
+import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Triton kernels run in its interpreter where a test asks for them with TEMPO_KERNELS=triton; read when they are imported.
@@ -42,6 +45,37 @@ def pytest_runtest_makereport(
         report.outcome = "failed"
         report.longrepr = f"{item.nodeid} was skipped"
     return report
+
+
+class FakeGymDataset:
+    """What is used of a dataset of reasoning-gym: item i of seed s is drawn from s + i. Its scorer must not be called."""
+
+    def __init__(self, size: int, seed: int, largest: int = 99) -> None:
+        if largest < 0:
+            raise AssertionError("largest must be >= 0")
+        self.size, self.seed, self.largest = size, seed, largest
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rng = random.Random(self.seed + index)
+        a, b = rng.randint(0, self.largest), rng.randint(0, self.largest)
+        return {"question": f"Add {a} and {b}.\n", "answer": str(a + b), "metadata": {"source_dataset": "chain_sum"}}
+
+    def score_answer(self, answer: str | None, entry: dict[str, Any]) -> float:
+        raise AssertionError("scorers of reasoning-gym evaluate answers")
+
+
+@pytest.fixture
+def fake_gym(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A module `reasoning_gym` with the one task chain_sum, and the interface of the real one (0.1.25)."""
+
+    def create_dataset(name: str, **config: Any) -> FakeGymDataset:
+        if name != "chain_sum":
+            raise ValueError(f"Dataset '{name}' not registered")
+        return FakeGymDataset(**config)
+
+    module = types.ModuleType("reasoning_gym")
+    module.create_dataset = create_dataset  # pyright: ignore[reportAttributeAccessIssue]
+    monkeypatch.setitem(sys.modules, "reasoning_gym", module)
 
 
 SMALL: dict[str, dict[str, Any]] = {

@@ -13,7 +13,7 @@ from tempo_kernels.segments import segment_ids
 from torch import Tensor, nn
 
 from tempo_engine import parallel
-from tempo_engine.model import Policy, reads_packed
+from tempo_engine.model import Policy, arranged
 from tempo_engine.packing import PackedBatch
 from tempo_engine.rollout import Rollout
 from tempo_engine.samplers.local import _Running
@@ -117,13 +117,11 @@ def first_diverging_layer(layers: Sequence[Layer], tolerance: Tolerance) -> Laye
 def trainer_layers(policy: Policy, batch: PackedBatch, row: int, num_positions: int, max_tokens: int) -> Outputs:
     """Of the batch's `row`, its first `num_positions`, computed in the micro-batch in which its log-probs were."""
     micro = next(m for m in policy.micro_batches(batch, None, max_tokens) if bool((m.rows == row).any()))
-    part, index = batch.select(micro.rows), int((micro.rows == row).nonzero()[0])
+    part, index = micro.of(batch), int((micro.rows == row).nonzero()[0])
     start = int(part.cu_seqlens_S1[index])
+    place_N = arranged(policy.trunk, part)[1][start : start + num_positions]
     with torch.no_grad(), _Watch(policy) as watch:
-        if reads_packed(policy.trunk):
-            watch.take = lambda x: x[0, start : start + num_positions]
-        else:
-            watch.take = lambda x: x[index, :num_positions]
+        watch.take = lambda x: x.flatten(0, 1)[place_N]
         policy.token_stats(part)
     parallel.release(policy.scope)
     found = watch.outputs()

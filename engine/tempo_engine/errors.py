@@ -28,7 +28,8 @@ class NonFinite(Exception):
 
 
 class Halted(Exception):
-    """Rollout servers died too often or hold other weights than the trainer, or sampler and trainer disagree: somebody must look.
+    """Rollout servers died too often or hold other weights than the trainer, sampler and trainer disagree, or what says whether
+    responses are right fails: somebody must look.
 
     The run can go on from where it was.
     """

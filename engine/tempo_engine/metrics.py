@@ -65,10 +65,16 @@ def brier(probability_N: np.ndarray, correct_N: np.ndarray) -> float:
 
 def expected_calibration_error(probability_N: np.ndarray, correct_N: np.ndarray, bins: int = 10) -> float:
     """Mean |confidence - accuracy| over bins of equal mass; equal probabilities stay in one bin."""
+    return float(sum(n / len(correct_N) * abs(p - c) for n, p, c in reliability(probability_N, correct_N, bins)))
+
+
+def reliability(probability_N: np.ndarray, correct_N: np.ndarray, bins: int = 10) -> list[tuple[int, float, float]]:
+    """(responses, mean probability, share that is right) of each of at most `bins` bins of equal mass: what the expected
+    calibration error adds up, and a reliability diagram shows."""
     order = np.argsort(probability_N, kind="stable")
     p, c = probability_N[order], correct_N[order]
     edges = [round(i * len(p) / bins) for i in range(1, bins)]
     # Move an edge past equal values: a bin must not depend on the order of ties.
     edges = sorted({int(np.searchsorted(p, p[edge], side="left")) for edge in edges if edge < len(p)})
     parts = [(a, b) for a, b in zip([0, *edges], [*edges, len(p)], strict=True) if b > a]
-    return float(sum((b - a) / len(p) * abs(p[a:b].mean() - c[a:b].mean()) for a, b in parts))
+    return [(b - a, float(p[a:b].mean()), float(c[a:b].mean())) for a, b in parts]

@@ -19,8 +19,10 @@ from tempo_engine import parallel
 from tempo_engine.adapters import start_adapters
 from tempo_engine.blocks import BlockOptions, blocks_of, tune_blocks
 from tempo_engine.errors import UserError
-from tempo_engine.packing import MicroBatch, PackedBatch, micro_batches
+from tempo_engine.packing import MicroBatch, PackedBatch, micro_batches, pack
 from tempo_engine.parallel import Sharding
+from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.trees import can_plant, window_of
 from tempo_engine.weights import blank_like, copy_weights, fill_from, is_blank, is_tied, make_room
 
 R = TypeVar("R")
@@ -48,27 +50,31 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def hidden_states(trunk: PreTrainedModel, batch: PackedBatch, index: Tensor) -> Tensor:
-    """Last hidden states at the chosen packed positions, [len(index), D].
+    """Last hidden states at the chosen packed positions, [len(index), D]."""
+    inputs, place_N = arranged(trunk, batch)
+    hidden = trunk(**inputs, use_cache=False).last_hidden_state
+    return hidden.flatten(0, 1)[place_N[index]]
 
-    FlashAttention reads the packed row as it is;
-    elsewhere the sequences are padded on the right, which causal attention cannot see.
+
+def arranged(trunk: PreTrainedModel, batch: PackedBatch) -> tuple[dict[str, Any], Tensor]:
+    """What the trunk reads, and where each packed token lies in its output without the batch's dimension, [N].
+
+    FlashAttention reads the packed row as it is; elsewhere the sequences, or trees of them, are padded on the right, which causal
+    attention cannot see.
     """
-    if reads_packed(trunk):
-        # With the boundaries given, no layer has to find them in position_ids, for which the host would wait each time.
-        cu_seqlens_S1, longest = batch.cu_seqlens_S1.to(torch.int32), int(batch.length_S.max())
-        hidden = trunk(
-            input_ids=batch.input_ids_N[None],
-            position_ids=batch.position_N[None],
-            cu_seq_lens_q=cu_seqlens_S1,
-            cu_seq_lens_k=cu_seqlens_S1,
-            max_length_q=longest,
-            max_length_k=longest,
-            use_cache=False,
-        )
-        return hidden.last_hidden_state[0][index]
-    ids_BL, index_N = batch.padded()
-    hidden = trunk(input_ids=ids_BL, use_cache=False).last_hidden_state
-    return hidden.flatten(0, 1)[index_N[index]]
+    if batch.cu_trees is not None:
+        trees = batch.trees()
+        return trees.inputs(trunk.config._attn_implementation or "", trunk.dtype), trees.index_N
+    if not reads_packed(trunk):
+        ids_BL, index_N = batch.padded()
+        return {"input_ids": ids_BL}, index_N
+    # With the boundaries given, no layer has to find them in position_ids, for which the host would wait each time.
+    cu_seqlens_S1, longest = batch.cu_seqlens_S1.to(torch.int32), int(batch.length_S.max())
+    inputs = {
+        "input_ids": batch.input_ids_N[None], "position_ids": batch.position_N[None],
+        "cu_seq_lens_q": cu_seqlens_S1, "cu_seq_lens_k": cu_seqlens_S1, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+    return inputs, torch.arange(len(batch.input_ids_N), device=batch.input_ids_N.device)
 
 
 def reads_packed(trunk: PreTrainedModel) -> bool:
@@ -88,6 +94,7 @@ class Policy:
     Args:
         model: with its weights in `sharding.storage`, or on the meta device and then filled from `weights`.
         weights: Hugging Face directory that a model on the meta device is filled from, shard by shard.
+        share_prompts: compute a prompt once for its responses where that pays and the architecture allows it (trees.py).
     """
 
     def __init__(
@@ -100,6 +107,7 @@ class Policy:
         blocks: BlockOptions | None = None,
         device: torch.device | str = "cpu",
         weights: Path | None = None,
+        share_prompts: bool = False,
     ) -> None:
         self.sharding = sharding or Sharding(compute=model.dtype)
         self.blocks = blocks or BlockOptions()
@@ -114,6 +122,7 @@ class Policy:
         self.head = cast(nn.Linear, model.get_output_embeddings())
         self.vocab_size, self.hidden_size = self.head.weight.shape
         self.softcap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.shares_prompts = share_prompts and can_plant(model.config)
         was_blank = is_blank(model)
         tune_blocks(model, self.blocks)
         self.scope = Scope(model=model)
@@ -126,6 +135,8 @@ class Policy:
             fill_from(model, weights)
         if weights is not None or not was_blank:
             self.check_head()
+            if self.shares_prompts:
+                self.check_trees()
 
     @torch.no_grad()
     def check_head(self) -> None:
@@ -153,6 +164,23 @@ class Policy:
                 f"(largest difference {float((own - ours).abs().max()):.3g}); use another architecture"
             )
 
+    @torch.no_grad()
+    def check_trees(self) -> None:
+        """No more sharing of prompts where the architecture does not follow the mask and the positions of a tree."""
+        rollouts = [
+            Rollout(Prompt("", "", (0, 1, 2)), ids, [0.0] * len(ids), (), False, "") for ids in ([3, 2], [1], [2, 0, 3])
+        ]
+        batch = pack(rollouts, self.device)
+        grown = batch.select(torch.arange(3, device=self.device), torch.tensor([0, 3], device=self.device))
+
+        def both() -> tuple[Tensor, ...]:
+            return tuple(hidden_states(self.trunk, part, part.value_index_TS) for part in (batch, grown))
+
+        plain, tree = self.scope(both)
+        parallel.release(self.scope)
+        tolerance = 1e-3 if self.sharding.compute == self.precision else 3e-2
+        self.shares_prompts = torch.allclose(plain, tree, rtol=tolerance, atol=tolerance * float(plain.abs().max()))
+
     def logits(self, hidden: Tensor) -> Tensor:
         """LM head on hidden states, at least float32, before the temperature. Inside the scope, or `parallel.gathered`, only."""
         logits = self.head(hidden).to(self.precision)
@@ -177,7 +205,7 @@ class Policy:
         """Log-probs of all response tokens under the policy as it is, [T], computed in micro-batches."""
         logprob_T = torch.zeros(len(batch.sampler_logprob_T), dtype=self.precision, device=self.device)
         for micro in self.micro_batches(batch, None, max_tokens):
-            part = self.token_stats(batch.select(micro.rows)).logprob_T
+            part = self.token_stats(micro.of(batch)).logprob_T
             if micro.counts:
                 logprob_T[segment_index(batch.cu_responses_S1, micro.rows)] = part
         parallel.release(self.scope)
@@ -185,7 +213,9 @@ class Policy:
 
     def micro_batches(self, batch: PackedBatch, rows: Tensor | None, max_tokens: int) -> list[MicroBatch]:
         """This rank's micro-batches of the chosen rows, or of all."""
-        return micro_batches(batch, rows, max_tokens, is_packed=reads_packed(self.trunk))
+        plants = self.shares_prompts and int(batch.length_S.max()) <= window_of(self.trunk.config)
+        width = self.hidden_size if plants else None
+        return micro_batches(batch, rows, max_tokens, is_packed=reads_packed(self.trunk), tree_width=width)
 
     def parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Those that are trained."""
@@ -200,6 +230,7 @@ class Policy:
             blocks=BlockOptions(lora=self.blocks.lora),
             device=self.device,
         )
+        copied.shares_prompts = self.shares_prompts
         copy_weights(copied.model, self.model)
         return copied
 
@@ -308,7 +339,7 @@ class Critic:
         `pessimism` times their standard deviation."""
         value_TS = torch.zeros(len(batch.value_index_TS), dtype=self.policy.precision, device=self.device)
         for micro in self.policy.micro_batches(batch, None, max_tokens):
-            each = self.read(batch.select(micro.rows), lambda *parts: value_head(*parts, head=self.kind))
+            each = self.read(micro.of(batch), lambda *parts: value_head(*parts, head=self.kind))
             part = each[0]
             if len(each) > 1:
                 part_KN = torch.stack(each)

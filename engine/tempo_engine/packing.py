@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tempo_engine import parallel
 from tempo_engine.rollout import Rollout
+from tempo_engine.trees import Trees, group_rows, plant, tree_size
 
 
 @dataclass(frozen=True)
@@ -22,19 +23,25 @@ class PackedBatch:
 
     With prompt (5, 9) and response (7, 2): input_ids_N = [5, 9, 7, 2], target_T = [7, 2]; the log-probs are read at positions
     [1, 2] (each position predicts the next token), the T + 1 values at positions [1, 2, 3] (before each token, and after the last).
+
+    `prompt_S` has the same number for sequences with the same prompt. `cu_trees`, boundaries in sequences: those between two of
+    them are computed as one tree (trees.py); None: every sequence by itself.
     """
 
     input_ids_N: Tensor
     cu_seqlens_S1: Tensor
     cu_responses_S1: Tensor
     sampler_logprob_T: Tensor
+    prompt_S: Tensor
+    cu_trees: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.cu_seqlens_S1) - 1
 
     def tensors(self) -> dict[str, Tensor]:
         """By name, for a file."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: part for name, part in parts.items() if part is not None}
 
     @cached_property
     def length_S(self) -> Tensor:
@@ -73,6 +80,13 @@ class PackedBatch:
         sequence_N = segment_ids(self.cu_seqlens_S1)
         return torch.arange(len(self.input_ids_N), device=sequence_N.device) - self.cu_seqlens_S1[sequence_N]
 
+    def trees(self) -> Trees:
+        """The tokens as trees. Only where `cu_trees` says which."""
+        assert self.cu_trees is not None
+        sequence_N = segment_ids(self.cu_seqlens_S1)
+        rows = (self.length_S, self.response_length_S)
+        return plant(self.input_ids_N, self.position_N, sequence_N, *rows, self.cu_trees)
+
     def padded(self) -> tuple[Tensor, Tensor]:
         """The tokens as a rectangle, [B, L] padded on the right, and where each packed position lies in its flattened form, [N].
 
@@ -84,41 +98,62 @@ class PackedBatch:
         ids[index_N] = self.input_ids_N
         return ids.view(len(self), longest), index_N
 
-    def select(self, rows: Tensor) -> "PackedBatch":
-        """The chosen sequences, in the order of `rows`."""
+    def select(self, rows: Tensor, cu_trees: Tensor | None = None) -> "PackedBatch":
+        """The chosen sequences, in the order of `rows`; as trees, if `cu_trees` says which of them are one."""
         return PackedBatch(
             self.input_ids_N[segment_index(self.cu_seqlens_S1, rows)],
             boundaries(self.length_S[rows]),
             boundaries(self.response_length_S[rows]),
             self.sampler_logprob_T[segment_index(self.cu_responses_S1, rows)],
+            self.prompt_S[rows],
+            cu_trees,
         )
 
 
 class MicroBatch(NamedTuple):
-    """Rows of one forward and backward pass. Where `counts` is false, this rank has no rows left and computes along with the
-    others, on a row whose result must weigh nothing: gathering weights takes all ranks."""
+    """Rows of one forward and backward pass, and which of them are a tree. Where `counts` is false, this rank has no rows left and
+    computes along with the others, on rows whose result must weigh nothing: gathering weights takes all ranks."""
 
     rows: Tensor
+    cu_trees: Tensor | None
     counts: bool
     is_last: bool
 
+    def of(self, batch: PackedBatch) -> PackedBatch:
+        return batch.select(self.rows, self.cu_trees)
 
-def micro_batches(batch: PackedBatch, rows: Tensor | None, max_tokens: int, *, is_packed: bool) -> list[MicroBatch]:
+
+def micro_batches(
+    batch: PackedBatch, rows: Tensor | None, max_tokens: int, *, is_packed: bool, tree_width: int | None = None
+) -> list[MicroBatch]:
     """This rank's share of the chosen rows (None: all), in parts of at most `max_tokens` tokens (or one sequence).
 
     Ranks get nearly equal numbers of tokens, and all of them the same number of parts. Longest first: memory peaks at once, not
     later, and neighbours have similar lengths. What counts is each part padded to its longest sequence, unless `is_packed`.
+    With a `tree_width`, the model's hidden size, rows with the same prompt are trees where that pays, and a tree is what a row is.
     """
     rows = torch.arange(len(batch), device=batch.cu_seqlens_S1.device) if rows is None else rows
     length = batch.length_S[rows].tolist()
-    parts = (_packed_parts if is_packed else _padded_parts)(length, max_tokens)
+    prompt_length = (batch.length_S - batch.response_length_S)[rows].tolist()
+    units = [[row] for row in range(len(length))]
+    if tree_width is not None:
+        units = group_rows(batch.prompt_S[rows].tolist(), prompt_length, length, max_tokens, tree_width)
+    size = [tree_size(unit, prompt_length, length) for unit in units]
+    parts = (_packed_parts if is_packed else _padded_parts)(size, max_tokens)
     mine = parts[parallel.rank()]
     rounds = max(map(len, parts), default=0)
-    idle = [[length.index(min(length))]] * (rounds - len(mine)) if length else []
+    idle = [[size.index(min(size))]] * (rounds - len(mine)) if size else []
     return [
-        MicroBatch(rows[torch.tensor(part, device=rows.device)], i < len(mine), i == rounds - 1)
+        _micro_batch(rows, [units[unit] for unit in part], i < len(mine), i == rounds - 1)
         for i, part in enumerate([*mine, *idle])
     ]
+
+
+def _micro_batch(rows: Tensor, units: list[list[int]], counts: bool, is_last: bool) -> MicroBatch:
+    chosen = torch.tensor([row for unit in units for row in unit], device=rows.device)
+    size_B = torch.tensor([len(unit) for unit in units], device=rows.device)
+    cu_trees = boundaries(size_B) if len(chosen) > len(units) else None
+    return MicroBatch(rows[chosen], cu_trees, counts, is_last)
 
 
 def _packed_parts(length: list[int], max_tokens: int) -> list[list[list[int]]]:
@@ -168,10 +203,12 @@ def pack(rollouts: Sequence[Rollout], device: torch.device | str = "cpu") -> Pac
             raise ValueError(f"the prompt {rollout.prompt.id} has no tokens")
     ids = [token for r in rollouts for token in (*r.prompt.token_ids, *r.response_ids)]
     response_length_S = torch.tensor([len(r.response_ids) for r in rollouts])
+    number: dict[tuple[int, ...], int] = {}
     prompt_length_S = torch.tensor([len(r.prompt.token_ids) for r in rollouts])
     return PackedBatch(
         torch.tensor(ids, device=device),
         boundaries(prompt_length_S + response_length_S).to(device),
         boundaries(response_length_S).to(device),
         torch.tensor([p for r in rollouts for p in r.logprobs], dtype=torch.float32, device=device),
+        torch.tensor([number.setdefault(r.prompt.token_ids, len(number)) for r in rollouts], device=device),
     )

@@ -1,8 +1,8 @@
 """The hand-off types between prompts, samplers and updates. Labels live in `Labelled` and nowhere else."""
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -21,10 +21,14 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A question with every answer that counts as right: Labelled(prompt, answers=frozenset({"+3+5"}))."""
+    """A question with every answer that counts as right: Labelled(prompt, answers=frozenset({"+3+5"})).
+
+    `columns` is its row of the data file, for verifiers that read more than answers.
+    """
 
     prompt: Prompt
     answers: frozenset[str]
+    columns: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

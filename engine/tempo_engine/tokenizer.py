@@ -116,3 +116,17 @@ def single_token(tokenizer: Any, text: str) -> int:
 def decoder(tokenizer: Any) -> Callable[[list[int]], str]:
     """Token ids -> text, special tokens left out."""
     return lambda ids: tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text that each token adds to those before it, special tokens shown; together the decoded text.
+
+    A character whose bytes are spread over several tokens belongs to the last of them. Time grows with the square of the length.
+    """
+    shown, texts = "", []
+    for end in range(1, len(ids) + 1):
+        text = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        is_whole = end == len(ids) or not text.endswith("\ufffd")
+        texts.append(text[len(shown) :] if is_whole else "")
+        shown = text if is_whole else shown
+    return texts

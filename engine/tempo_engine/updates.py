@@ -81,7 +81,7 @@ def fit_critic(
     for rows in minibatches(len(batch), how.minibatches, how.epochs, generator):
         rows = rows.to(return_S.device)
         for micro in critic.policy.micro_batches(batch, rows, how.micro_batch_tokens):
-            part = batch.select(micro.rows)
+            part = micro.of(batch)
             values_S = part.response_length_S + 1
             fitted_S = values_S if critic.terminal == "after_last_token" else part.response_length_S
             weight_N = (micro.counts / (len(rows) * fitted_S)).repeat_interleave(values_S)
@@ -156,7 +156,7 @@ def improve_policy(
         weight_T = weights.new_zeros(len(advantage_T))
         weight_T[segment_index(batch.cu_responses_S1, rows)] = weights
         for micro in policy.micro_batches(batch, rows, how.micro_batch_tokens):
-            part = batch.select(micro.rows)
+            part = micro.of(batch)
             index = segment_index(batch.cu_responses_S1, micro.rows)
             parallel.will_sync(policy.scope, micro.is_last, policy.sharding)
             stats = policy.token_stats(part)
@@ -211,7 +211,7 @@ def imitate(policy: Policy, optimizer: Optimizer, batch: PackedBatch, *, micro_b
     num_tokens = int(batch.cu_responses_S1[-1])
     for micro in policy.micro_batches(batch, None, micro_batch_tokens):
         parallel.will_sync(policy.scope, micro.is_last, policy.sharding)
-        stats = policy.token_stats(batch.select(micro.rows))
+        stats = policy.token_stats(micro.of(batch))
         share = micro.counts / num_tokens
         loss = -stats.logprob_T.sum() * share
         loss.backward()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from tempo_engine import parallel
 from tempo_engine.cursor import Cursor
 from tempo_engine.rollout import Prompt, Rollout
-from tempo_engine.tasks.answers import Extract, score
+from tempo_engine.verify import verify
 
 from tempo_em import posteriors
 from tempo_em.waiting import Sampled
@@ -31,7 +30,7 @@ class Asking:
         self.num_responses, self.num_tokens = 0, 0
 
     def labelled(self) -> tuple[list[Rollout], list[float], float | None]:
-        """Fresh responses to labelled prompts, their verified rewards in {0, 1}, and the accuracy of all that were sampled.
+        """Fresh responses to labelled prompts, their verified rewards in [0, 1], and the accuracy of all that were sampled.
 
         With the filter, groups without signal are left out and replaced; the accuracy counts them, or its fall would not show.
         """
@@ -43,8 +42,8 @@ class Asking:
         for refill in range(MAX_REFILLS if wanted else 0):
             items = self.cursors["labelled"].next(self.num_labelled)
             fresh = self._ask([item.prompt for item in items], size, f"labelled/{refill}")
-            answers = [item.answers for item in items for _ in range(size)]
-            fresh_rewards = self._with_noise(fresh, self._verify(fresh, answers, self.loop.extract_labelled))
+            asked = [item for item in items for _ in range(size)]
+            fresh_rewards = self._with_noise(fresh, verify(self.loop.verifier, fresh, asked))
             all_rewards += fresh_rewards
             for start in range(0, len(fresh), size):
                 group = slice(start, start + size)
@@ -104,8 +103,8 @@ class Asking:
             return posteriors.cluster_frequency([answers]).tolist()
         if posterior == "oracle":
             assert self.loop.oracle is not None, "posterior oracle without answers"
-            right = [self.loop.oracle.answers[rollout.prompt.id] for rollout in group]
-            return self._verify(group, right, self.loop.extract_unlabelled)
+            items = [self.loop.oracle.items[rollout.prompt.id] for rollout in group]
+            return verify(self.loop.oracle.verifier, group, items)
         return []
 
     def _ask(self, prompts: list[Prompt], group_size: int, what: str) -> list[Rollout]:
@@ -113,13 +112,6 @@ class Asking:
         self.num_responses += len(rollouts)
         self.num_tokens += sum(len(r.response_ids) for r in rollouts)
         return rollouts
-
-    def _verify(self, rollouts: list[Rollout], answers: list[frozenset[str]], extract: Extract) -> list[float]:
-        """1.0 for each right response, 0.0 for each wrong one."""
-        return parallel.together(
-            [len(r.response_ids) for r in rollouts],
-            lambda mine: [score(extract, rollouts[i].text, answers[i]) for i in mine],
-        )
 
 
 def without_stale_groups(sampled: Sampled, oldest: int, labelled_size: int, unlabelled_size: int) -> Sampled:

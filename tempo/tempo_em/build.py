@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,8 +9,6 @@ from tempo_engine import parallel
 from tempo_engine.adapters import Lora
 from tempo_engine.blocks import BlockOptions
 from tempo_engine.cursor import Cursor
-from tempo_engine.data.load import Loaded
-from tempo_engine.data.style import Style
 from tempo_engine.errors import UserError, first_sentence
 from tempo_engine.evaluate import EvaluationSet
 from tempo_engine.export import restore_critic
@@ -22,15 +19,11 @@ from tempo_engine.rollout import Labelled, Prompt
 from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
 from tempo_engine.samplers.sglang import SGLangSampler
-from tempo_engine.tasks.answers import Extract
-from tempo_engine.tasks.few_shot import FewShot
-from tempo_engine.tasks.question import Generator, Question, Split, check_disjoint, draw_questions
-from tempo_engine.tasks.signs import Signs
-from tempo_engine.tasks.sums import Sums
-from tempo_engine.tasks.swaps import Swaps
-from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
+from tempo_engine.tokenizer import decoder, load_tokenizer, single_token
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate
+from tempo_engine.verify import Verifier
+from tempo_engine.verify.functions import RewardFunction
 from tempo_engine.weights import (
     DTYPES,
     blank_causal_lm,
@@ -41,22 +34,12 @@ from tempo_engine.weights import (
 )
 
 from tempo_em.cold_start import ColdStart
+from tempo_em.datasets import Dataset, load_datasets, make_prompts, tokenizer_for
 from tempo_em.posteriors import Oracle
 from tempo_em.recipe import OptimRecipe, Recipe
-from tempo_em.recipe_data import RowsSource, SignsSource, Source, SwapsSource
 from tempo_em.schedule import EMLoop, Stage
 from tempo_em.servers import check_servers, sglang_options
-from tempo_em.sources import extractor, load_rows, sources_of, style_of
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """The questions of one source, how their answers are read, and the generator or the rows behind them."""
-
-    questions: list[Question]
-    extract: Extract
-    generator: Generator | None
-    loaded: Loaded | None = None
+from tempo_em.sources import sources_of, style_of
 
 
 @dataclass
@@ -69,6 +52,15 @@ class Parts:
     evaluation_sets: list[EvaluationSet]
     tokenizer: Any
     datasets: dict[str, Dataset]
+
+    @property
+    def verifiers(self) -> list[Verifier]:
+        return [dataset.verifier for dataset in self.datasets.values()]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user is told of how rewards are come by."""
+        return sorted({v.note for v in self.verifiers if isinstance(v, RewardFunction)})
 
 
 def build(recipe: Recipe) -> Parts:
@@ -86,11 +78,11 @@ def build(recipe: Recipe) -> Parts:
     prompts: dict[str, list[Prompt]] = {}
     for name, dataset in datasets.items():
         style = style_of(recipe.data, sources[name])
-        prompts[name], datasets[name] = _prompts(dataset, style, tokenizer, limit, f"data.{name}")
+        prompts[name], datasets[name] = make_prompts(dataset, style, tokenizer, limit, f"data.{name}")
 
     def with_answers(name: str) -> list[Labelled]:
         pairs = zip(prompts[name], datasets[name].questions, strict=True)
-        return [Labelled(prompt, question.answers) for prompt, question in pairs]
+        return [Labelled(prompt, question.answers, question.columns) for prompt, question in pairs]
 
     policy = _policy(recipe, tokenizer, device)
     critic = None
@@ -113,8 +105,8 @@ def build(recipe: Recipe) -> Parts:
         sampler=sampler,
         labelled=Cursor(with_answers("labelled"), seed=f"{recipe.seed}/labelled"),
         unlabelled=Cursor(prompts["unlabelled"], seed=f"{recipe.loop_seed}/unlabelled"),
-        extract_labelled=datasets["labelled"].extract,
-        extract_unlabelled=datasets["unlabelled"].extract,
+        verifier=datasets["labelled"].verifier,
+        extract_unlabelled=datasets["unlabelled"].verifier.extract,
         policy_optimizer=_optimizer(policy.parameters(), recipe.mstep.optim, _policy_steps(recipe)),
         critic_optimizer=None
         if critic is None
@@ -123,11 +115,11 @@ def build(recipe: Recipe) -> Parts:
         critic_update=_critic_update(recipe),
         clock=Clock(),
         frozen_critic=critic.frozen_copy() if critic and recipe.keeps_frozen_critic else None,
-        oracle=_oracle(datasets["unlabelled"]) if recipe.em.posterior == "oracle" else None,
+        oracle=_oracle(datasets["unlabelled"], with_answers("unlabelled")) if recipe.em.posterior == "oracle" else None,
     )
-    audited = [name for name in datasets if name != "labelled" and all(q.answers for q in datasets[name].questions)]
+    audited = [name for name in datasets if name != "labelled" and datasets[name].unanswered is None]
     sets = [
-        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].extract) for name in audited
+        EvaluationSet(name.removeprefix("evaluation."), with_answers(name), datasets[name].verifier) for name in audited
     ]
     return Parts(loop, stages_of(recipe), _cold_start(recipe, datasets, loop, tokenizer), sets, tokenizer, datasets)
 
@@ -164,76 +156,14 @@ def stages_of(recipe: Recipe) -> list[Stage]:
     ]
 
 
-def load_datasets(recipe: Recipe) -> dict[str, Dataset]:
-    """Every source of the recipe. Labelled, unlabelled and each evaluation set must not share a question with another role."""
-    splits: dict[str, Split] = {"labelled": "labelled", "unlabelled": "unlabelled"}
-    datasets = {
-        name: _dataset(
-            source, splits.get(name, "heldout"), recipe.seed if name == "labelled" else recipe.loop_seed, f"data.{name}"
-        )
-        for name, source in sources_of(recipe.data).items()
-    }
-    for name in datasets:
-        if name.startswith("evaluation.") or name == "labelled":
-            unanswered = next((q for q in datasets[name].questions if not q.answers), None)
-            if unanswered:
-                raise UserError(
-                    f"data.{name} needs answers, but {str(unanswered.content)[:60]!r} has none; name its answer column"
-                )
-    for name in list(datasets)[1:]:
-        check_disjoint({f"data.{n}": datasets[n].questions for n in ("labelled", "unlabelled", name) if n in datasets})
-    return datasets
-
-
-def _dataset(source: Source, split: Split, seed: int, where: str) -> Dataset:
-    if isinstance(source, RowsSource):
-        extract = extractor(source)
-        loaded = load_rows(source, split, where)
-        return Dataset(loaded.questions, extract, None, loaded)
-    generator: Generator
-    if isinstance(source, SignsSource):
-        generator = Signs(source.terms, source.largest, source.unique)
-    elif isinstance(source, SwapsSource):
-        generator = Swaps(source.terms, source.unique)
-    else:
-        generator = Sums(source.terms, source.largest)
-    if source.shots:
-        generator = FewShot(generator, source.shots)
-    return Dataset(draw_questions(generator, split, source.count, seed=seed, where=where), generator.extract, generator)
-
-
-def _oracle(unlabelled: Dataset) -> Oracle:
+def _oracle(unlabelled: Dataset, items: list[Labelled]) -> Oracle:
     """What no other posterior gets: the answers of the unlabelled questions."""
-    unanswered = next((q for q in unlabelled.questions if not q.answers), None)
-    if unanswered:
+    if unanswered := unlabelled.unanswered:
         raise UserError(
             f"posterior oracle trains on the answers of data.unlabelled, but {str(unanswered.content)[:60]!r} has none; "
             "choose another em.posterior"
         )
-    return Oracle({question.id: question.answers for question in unlabelled.questions})
-
-
-def _prompts(dataset: Dataset, style: Style, tokenizer: Any, limit: int, where: str) -> tuple[list[Prompt], Dataset]:
-    """Prompts, and the questions they belong to: a row whose prompt is too long is a bad row."""
-    ask = partial(to_prompts, dataset.questions, tokenizer, max_tokens=limit, where=where, style=style)
-    if dataset.loaded is None:
-        return ask(), dataset
-    intake = dataset.loaded.intake
-    prompts = ask(refuse=intake.drop)
-    intake.check()
-    if not prompts:
-        raise UserError(f"{where}: every prompt is longer than rollout.max_prompt_tokens {limit}; raise it")
-    return prompts, replace(dataset, questions=[q for q in dataset.questions if q.id in intake.questions])
-
-
-def tokenizer_for(datasets: dict[str, Dataset]) -> Any:
-    """For a fresh model: one token a word when every prompt is generated, else one token a byte."""
-    generators = [dataset.generator for dataset in datasets.values()]
-    if all(generators):
-        return word_tokenizer(
-            sorted({word for generator in generators if generator for word in generator.vocabulary()})
-        )
-    return byte_tokenizer()
+    return Oracle({item.prompt.id: item for item in items}, unlabelled.verifier)
 
 
 def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
@@ -274,6 +204,7 @@ def _policy(recipe: Recipe, tokenizer: Any, device: torch.device) -> Policy:
             blocks=blocks,
             device=device,
             weights=how.path if is_blank(model) else None,
+            share_prompts=how.share_prompts,
         )
     except RuntimeError as error:
         raise UserError(f"the model cannot run: {first_sentence(error)}; check the sizes in its config") from error

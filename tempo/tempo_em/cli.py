@@ -1,5 +1,7 @@
-"""tempo-engine: train, compare, eval, recipes, data, export, import, plan, doctor, bench. Only commands import torch."""
+"""tempo-engine: train, report, compare, eval, recipes, data, export, import, plan, doctor, bench. Only commands import torch:
+--help is quick."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +48,22 @@ def train(
     from tempo_em.commands import train_command
 
     raise typer.Exit(train_command(recipe, settings or [], resume, run_dir, start, dry_run, nproc))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders, finished or not.")],
+    to: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The page; default RUN/report.html, needed with several runs.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Write it again every few seconds until the runs are finished.")
+    ] = False,
+) -> None:
+    """Write one HTML page on runs, which needs no network: what they showed, curves, samples, time, recipe."""
+    from tempo_em.commands import report_command
+
+    raise typer.Exit(report_command(runs, to, watch))
 
 
 @app.command()
@@ -101,13 +119,21 @@ def data() -> None:
 @app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder, finished or not.")],
-    target: Annotated[Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/ and critic/.")],
+    target: Annotated[
+        Path, typer.Option("--to", metavar="DIR", help="A new folder: gets policy/, critic/ and a card.")
+    ],
     step: Annotated[int | None, typer.Option(help="Of the checkpoint; default: the newest.")] = None,
+    push: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Also upload it to this repository of the Hugging Face Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push: a repository that only you see.")] = False,
 ) -> None:
-    """Write a checkpoint's policy and critic as Hugging Face models."""
+    """Write a checkpoint's policy and critic as Hugging Face models, with a model card."""
+    if push:  # else every command is offline
+        os.environ.setdefault("HF_HUB_OFFLINE", "0")
     from tempo_em.commands import export_command
 
-    raise typer.Exit(export_command(run, target, step))
+    raise typer.Exit(export_command(run, target, step, push, private))
 
 
 @app.command(name="import")
@@ -143,15 +169,16 @@ def plan(
 
 @app.command()
 def doctor(
-    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")],
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe.yaml, or the name of a packaged recipe.")] = "tiny",
     mismatch: Annotated[
-        bool, typer.Option("--mismatch", help="Compare the log-probs of sampler and trainer while nothing learns.")
+        bool, typer.Option("--mismatch", help="Only compare sampler and trainer, without looking at the machine.")
     ] = False,
     iterations: Annotated[int, typer.Option(min=1, help="Of sampling, scoring, updating and syncing.")] = 3,
     settings: Settings = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write what was found to this file.")] = None,
 ) -> None:
-    """Find the first token and layer on which sampler and trainer disagree; exit code 1 when they do. Writes no run folder."""
+    """Look at this machine, then run the recipe without learning: sampler and trainer must agree on every log-prob, and where they
+    do not, the first token and layer are named. Exit code 1 when something is wrong. Writes no run folder."""
     from tempo_em.commands import doctor_command
 
     raise typer.Exit(doctor_command(recipe, settings or [], mismatch, iterations, json_file))

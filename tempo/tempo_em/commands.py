@@ -26,6 +26,7 @@ from tempo_em.console import evaluation_line, make_display, summary_table
 from tempo_em.launch import is_rank, launch, report_exit_code
 from tempo_em.loading import ResolvedRecipe, load_recipe, packaged
 from tempo_em.presets import PRESETS
+from tempo_em.sinks import check_installed
 
 P = ParamSpec("P")
 
@@ -67,6 +68,7 @@ def train_command(
     nproc: int | None = None,
 ) -> int | None:
     resolved = load_recipe(recipe, settings)
+    check_installed(resolved.recipe.tracking)
     if dry_run:
         _dry_run(resolved)
         return None
@@ -99,6 +101,13 @@ def train_command(
 
 
 @_exit_codes
+def report_command(runs: list[Path], to: Path | None, watch: bool) -> None:
+    from tempo_em.report.command import report
+
+    report(runs, to, watch=watch, say=lambda line: print(line, flush=True))
+
+
+@_exit_codes
 def compare_command(comparison: str, out: Path | None, jobs: int, into: Path | None) -> None:
     from tempo_em.compare.command import compare
 
@@ -126,6 +135,7 @@ def _dry_run(resolved: ResolvedRecipe) -> None:
     parameters = sum(p.numel() for _, p in loop.policy.parameters())
     labelled, unlabelled = resolved.recipe.groups(resolved.recipe.em.labelled_share)
     print(f"# prompts: {', '.join(sizes)}")
+    print("".join(f"# {text}\n" for text in parts.notes), end="")
     print(f"# policy: {type(loop.policy.model).__name__}, {parameters:,} parameters on {loop.policy.device}; critic: "
           f"{resolved.recipe.critic.backbone if loop.critic else 'none'}")  # fmt: skip
     print(f"# an iteration samples {labelled} labelled and {unlabelled} unlabelled prompts; nothing was written")
@@ -166,7 +176,7 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
         try:
             loop.sampler.load(loop.policy)
             for evaluation_set in parts.evaluation_sets:
-                results[evaluation_set.name], _ = evaluate(
+                results[evaluation_set.name], *_ = evaluate(
                     loop.sampler, critic, resolved.recipe.critic.target_range, evaluation_set,
                     num_samples=resolved.recipe.evaluation.samples, micro_batch_tokens=resolved.recipe.micro_batch_tokens,
                     key="evaluation/eval",
@@ -174,6 +184,8 @@ def eval_command(run_or_model: Path, recipe: str | None, settings: list[str], js
                 print(evaluation_line(str(run_or_model), {evaluation_set.name: results[evaluation_set.name]}))
         finally:
             loop.sampler.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     Console().print(summary_table({"now": results}))
     if json_file:
         json_file.write_text(json.dumps(plain(results), indent=1), encoding="utf-8")
@@ -236,11 +248,20 @@ def bench_kernels_command(
 
 
 @_exit_codes
-def export_command(run_dir: Path, target: Path, step: int | None) -> None:
+def export_command(
+    run_dir: Path, target: Path, step: int | None, repository: str | None = None, private: bool = False
+) -> None:
+    from tempo_em import hub
     from tempo_em.export import export_run
 
-    for folder in export_run(run_dir, target, step):
-        print(f"wrote {folder}")
+    if private and repository is None:
+        raise UserError("--private is about --push USER/NAME: add that, or leave it out")
+    api = hub.connect(repository) if repository else None
+    written = export_run(run_dir, target, step)
+    for path in written:
+        print(f"wrote {path}")
+    if repository and written:
+        print(f"pushed to {hub.push(api, repository, target, private=private)}")
 
 
 @_exit_codes
@@ -262,9 +283,8 @@ def plan_command(
 
 @_exit_codes
 def doctor_command(recipe: str, settings: list[str], mismatch: bool, iterations: int, json_file: Path | None) -> int:
-    if not mismatch:
-        raise UserError("say what to look at: --mismatch compares sampler and trainer")
     load_recipe(recipe, settings)  # a mistake in it is answered before torch is imported
     from tempo_em.doctor import diagnose
 
-    return 0 if diagnose(recipe, settings, iterations=iterations, json_file=json_file) else 1
+    is_well = diagnose(recipe, settings, iterations=iterations, json_file=json_file, machine=not mismatch)
+    return 0 if is_well else 1

@@ -46,7 +46,7 @@ def _posterior(recipe: Recipe) -> Iterator[str]:
         )
     if em.posterior == "oracle" and em.labelled_share == 1:
         yield "posterior oracle trains on the answers of data.unlabelled, but em.labelled_share 1 samples none of its prompts"
-    if em.posterior == "oracle" and isinstance(unlabelled, ColumnsSource) and unlabelled.answer is None:
+    if em.posterior == "oracle" and isinstance(unlabelled, ColumnsSource) and unlabelled.has_no_answers:
         yield (
             "posterior oracle trains on the answers of data.unlabelled, which has none: its answer is null; name their column, or "
             "choose another em.posterior, none of which ever sees them"

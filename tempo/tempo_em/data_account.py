@@ -9,7 +9,7 @@ from typing import Any
 from tempo_engine.data.load import content_hash
 from tempo_engine.errors import UserError
 
-from tempo_em.build import Dataset
+from tempo_em.datasets import Dataset
 
 FILE, QUARANTINE = "data.json", "quarantine.jsonl"
 

@@ -1,4 +1,5 @@
-"""`tempo-engine doctor --mismatch`: do sampler and trainer compute the same? A loop that changes nothing, and where they part."""
+"""`tempo-engine doctor`: is this machine fit (machine.py), and do sampler and trainer compute the same? A loop that changes
+nothing, and where they part."""
 
 import json
 import math
@@ -33,6 +34,8 @@ from tempo_engine.tracking import plain
 
 from tempo_em.build import Parts, build
 from tempo_em.loading import ResolvedRecipe, load_recipe
+from tempo_em.machine import Check, examine_machine
+from tempo_em.recipe import Recipe
 from tempo_em.schedule import EMLoop, Scored, Stage
 from tempo_em.waiting import Sampled
 
@@ -75,14 +78,15 @@ class Verdict:
         )
 
 
-def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Path | None) -> bool:
-    """Load the recipe, run the loop, print what was found; whether all is well."""
+def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Path | None, machine: bool) -> bool:
+    """Look at the `machine`, load the recipe, run the loop, print what was found; whether all is well."""
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise UserError(f"--json {json_file}: the folder {json_file.parent} does not exist")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("doctor --mismatch works in one process; start it without torchrun")
-    resolved = without_learning(where, settings)
-    rollout = load_recipe(where, settings).recipe.rollout
+        raise UserError("doctor works in one process; start it without torchrun")
+    resolved, recipe = without_learning(where, settings), load_recipe(where, settings).recipe
+    checks = _checks(recipe) if machine else []
+    rollout = recipe.rollout
     if rollout.top_p < 1 or rollout.top_k > 0:
         print("top_p and top_k are left out: log-probs of a truncated distribution are not the trainer's")
     parts = build(resolved.recipe)
@@ -93,9 +97,20 @@ def diagnose(where: str, settings: list[str], *, iterations: int, json_file: Pat
         finally:
             parts.loop.sampler.close()
             parts.loop.ahead.close()
+            for verifier in parts.verifiers:
+                verifier.close()
     if json_file is not None:
-        json_file.write_text(json.dumps({"recipe": resolved.name} | verdict.to_json(), indent=1), encoding="utf-8")
-    return not verdict.drift
+        found = {"recipe": resolved.name, "machine": [check._asdict() for check in checks]} | verdict.to_json()
+        json_file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    return not verdict.drift and not any(check.state == "bad" for check in checks)
+
+
+def _checks(recipe: Recipe) -> list[Check]:
+    checks = []
+    for check in examine_machine(recipe, Path("runs")):
+        print(f"{check.state:5} {check.name:11} {check.found}")
+        checks.append(check)
+    return checks
 
 
 def without_learning(where: str, settings: list[str]) -> ResolvedRecipe:

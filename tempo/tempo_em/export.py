@@ -10,12 +10,13 @@ from tempo_engine.errors import UserError
 from tempo_engine.export import Frozen, export_checkpoint
 from tempo_engine.weights import DTYPES
 
+from tempo_em.card import write_card
 from tempo_em.loading import load_recipe
 from tempo_em.recipe import Recipe
 
 
 def export_run(run_dir: Path, target: Path, step: int | None) -> list[Path]:
-    """Write `target`/policy and, if the run has one, `target`/critic; returns their folders.
+    """Write `target`/policy and, if the run has one, `target`/critic, and the model card; returns what was written.
 
     Loads no data and needs no GPU. Raises UserError when there is no such run or checkpoint, or `target` is in use.
     """
@@ -27,7 +28,9 @@ def export_run(run_dir: Path, target: Path, step: int | None) -> list[Path]:
         raise UserError(f"--to {target} is in use already; name a folder that is new or empty")
     recipe = load_recipe(str(run_dir / "recipe.yaml"), []).recipe
     saved = _checkpoint(run_dir, step)
-    return export_checkpoint(saved, run_dir / "model", target, dtype=DTYPES[recipe.model.dtype], frozen=_frozen(recipe))
+    skeleton, dtype = run_dir / "model", DTYPES[recipe.model.dtype]
+    folders = export_checkpoint(saved, skeleton, target, dtype=dtype, frozen=_frozen(recipe))
+    return [*folders, write_card(run_dir, target, int(saved.name.removeprefix(checkpoint.PREFIX)))]
 
 
 def _checkpoint(run_dir: Path, step: int | None) -> Path:

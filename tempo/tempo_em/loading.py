@@ -19,6 +19,7 @@ from tempo_em.presets import PRESETS
 from tempo_em.recipe import Recipe
 from tempo_em.recipe_base import Strict
 from tempo_em.recipe_data import ROWS_TAGS, source_tag
+from tempo_em.recipe_generated import GENERATORS
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
     for key, value in over.items():
         path = f"{prefix}{key}"
         old = under.get(key)
-        changes_kind = prefix.startswith("data.") and _kind(value) not in (None, _kind(old))
+        changes_kind = prefix.startswith("data.") and source_tag(value) not in (None, source_tag(old))
         if isinstance(value, dict) and isinstance(old, dict) and not changes_kind:
             _lay(old, value, source, origin, f"{path}.")
         elif isinstance(value, dict):
@@ -139,11 +140,6 @@ def _lay(under: dict[str, Any], over: dict[str, Any], source: str, origin: dict[
         else:
             under[key] = value
             origin[path] = source
-
-
-def _kind(source: Any) -> str | None:
-    """The kind of a source of questions; None when this does not say."""
-    return source_tag(source) if isinstance(source, dict) else None
 
 
 def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> Recipe:
@@ -168,22 +164,27 @@ def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> 
 
 def _explain(error: ErrorDetails) -> str:
     """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
-    tags = {"signs", "swaps", "sums", *ROWS_TAGS}
     loc = [str(part) for part in error["loc"]]
-    # pydantic puts the union's tag into the location after the source's name; the user never wrote it.
-    after_name = 3 if loc[1:2] == ["evaluation"] else 2
-    if loc[:1] == ["data"] and loc[after_name : after_name + 1] and loc[after_name] in tags:
-        del loc[after_name]
+    # pydantic puts the union's tag into the location, after a source's name or its number in a mix; the user never wrote it.
+    first = 3 if loc[1:2] == ["evaluation"] else 2
+    after_name = {*GENERATORS, *ROWS_TAGS}
+    loc = [
+        part
+        for i, part in enumerate(loc)
+        if loc[0] != "data"
+        or not ((i == first and part in after_name) or (i > first and loc[i - 2] == "of" and part in GENERATORS))
+    ]
     path = ".".join(loc)
     if error["type"] == "extra_forbidden":
         choices = _fields_at([str(part) for part in error["loc"][:-1]])
         parent = ".".join(loc[:-1])
         return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
     if error["type"] == "union_tag_invalid":
-        return (
-            f"{path}: the generator is not known; generators: signs, swaps, sums (or give jsonl: FILE, parquet: FILE, "
-            "hub: ORG/NAME or dataset: NAME)"
-        )
+        # The parts of a mix are generators, but no mixes or files.
+        known, is_part = error.get("ctx", {}).get("expected_tags", ""), loc[-2:-1] == ["of"]
+        names = ", ".join(name for name in GENERATORS if f"'{name}'" in known)
+        rows = "" if is_part else " (or give jsonl: FILE, parquet: FILE, hub: ORG/NAME or dataset: NAME)"
+        return f"{path}: the generator is not known; generators: {names}{rows}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":
         return f"{path} is missing; the recipe needs it"
@@ -197,13 +198,19 @@ def _fields_at(loc: list[str]) -> list[str]:
     annotation: Any = Recipe
     for part in loc:
         models = _models_in(annotation)
-        by_tag = [m for m in models if m.__name__.lower().removesuffix("source") == part]
+        by_tag = [m for m in models if _tag(m) == part]
         if by_tag:
             annotation = by_tag[0]
             continue
         fields = {k: f for m in models for k, f in m.model_fields.items()}
         annotation = fields[part].annotation if part in fields else annotation
     return [name for model in _models_in(annotation)[:1] for name in model.model_fields]
+
+
+def _tag(model: type[BaseModel]) -> str:
+    """What tells a source from the others in a union: its generator's name, else its own."""
+    named = model.model_fields.get("generator")
+    return typing.get_args(named.annotation)[0] if named else model.__name__.lower().removesuffix("source")
 
 
 def _models_in(annotation: Any) -> list[type[BaseModel]]:

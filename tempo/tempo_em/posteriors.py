@@ -12,18 +12,21 @@ from dataclasses import dataclass
 
 import torch
 from tempo_engine.metrics import modes
+from tempo_engine.rollout import Labelled
+from tempo_engine.verify import Verifier
 from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Oracle:
-    """The answers of D_U by the ids of its prompts: an upper bound, not a method.
+    """The answers of D_U by the ids of its prompts, and who compares them: an upper bound, not a method.
 
     This type is the only way on which they can reach training. It is made for posterior oracle and for nothing else; under every
     other posterior the loop holds None, and prompts without answers.
     """
 
-    answers: Mapping[str, frozenset[str]]
+    items: Mapping[str, Labelled]
+    verifier: Verifier
 
 
 def critic(terminal_S: Tensor, target: tuple[float, float]) -> Tensor:

@@ -45,6 +45,10 @@ class ModelRecipe(Strict):
         default="off", description="what the backward computes again: nothing, all but matrix products, whole blocks"
     )
     compile: bool = Field(default=False, description="torch.compile of the blocks")
+    share_prompts: bool = Field(
+        default=True,
+        description="train on a prompt once for all its responses where that pays: from 64 tokens on, with eager or sdpa attention",
+    )
     lora: LoraRecipe | None = None
 
     @model_validator(mode="after")
@@ -303,6 +307,15 @@ class EvaluationRecipe(Strict):
     samples: Positive = 16
 
 
+class TrackingRecipe(Strict):
+    """Where metrics go besides metrics.jsonl, which has all of them."""
+
+    sinks: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="TensorBoard files in the run folder; Weights & Biases; trackio"
+    )
+    project: str = Field(default="tempo-engine", min_length=1, description="of wandb and trackio")
+
+
 class CheckpointRecipe(Strict):
     every: Count = Field(default=20, description="iterations between checkpoints; 0: only at the end of a stage")
     keep: Positive = 2
@@ -332,6 +345,7 @@ class Recipe(Strict):
     alarms: AlarmsRecipe = AlarmsRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     checkpoint: CheckpointRecipe = CheckpointRecipe()
+    tracking: TrackingRecipe = TrackingRecipe()
 
     @property
     def loop_seed(self) -> int:

@@ -1,53 +1,20 @@
 """`data` of a recipe: where questions come from."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 from tempo_engine.data.benchmarks import BENCHMARKS
 
-from tempo_em.recipe_base import Count, NoiseRate, Positive, SetName, Strict
+from tempo_em.recipe_base import NoiseRate, Positive, SetName, Strict
+from tempo_em.recipe_generated import GENERATORS, GeneratedSource, one_of
+from tempo_em.recipe_verifier import VerifierRecipe
 
 Extractor = Literal["boxed", "answer_line", "whole"]
 Cell = bool | int | float | str
 BadRows = Annotated[int, Field(ge=0)] | Annotated[float, Field(gt=0, lt=1)]
 # Nobody can mend a published set, and most have a few broken rows among thousands. Of 30 rows, 1% is none.
 PUBLISHED = 0.01
-
-
-class GeneratedSource(Strict):
-    """What all generated sources have."""
-
-    count: Positive
-    shots: Count = Field(
-        default=0,
-        description="worked questions before each, for a model that was not trained on the task; end responses with rollout.stop",
-    )
-
-
-class SignsSource(GeneratedSource):
-    """Generated: signs to target (see tempo_engine.tasks.signs)."""
-
-    generator: Literal["signs"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    largest: int = Field(default=6, ge=1, le=99)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer")
-
-
-class SwapsSource(GeneratedSource):
-    """Generated: which of these swaps were made (see tempo_engine.tasks.swaps)."""
-
-    generator: Literal["swaps"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(4,), min_length=1)
-    unique: bool = Field(default=False, description="only questions with exactly one right answer (up to 6 terms)")
-
-
-class SumsSource(GeneratedSource):
-    """Generated: sums with written-out steps (see tempo_engine.tasks.sums)."""
-
-    generator: Literal["sums"]
-    terms: tuple[Annotated[int, Field(ge=2, le=10)], ...] = Field(default=(3,), min_length=1)
-    largest: int = Field(default=9, ge=1, le=999)
 
 
 class RowsSource(Strict):
@@ -71,6 +38,16 @@ class RowsSource(Strict):
         default=None, description="for chat templates with this switch; null: as data says"
     )
 
+    @property
+    def stated(self) -> Extractor:
+        """Where a response states its answer."""
+        raise NotImplementedError
+
+    @property
+    def verified(self) -> VerifierRecipe:
+        """Who says whether a response is right."""
+        raise NotImplementedError
+
     @field_validator("template")
     @classmethod
     def asks(cls, template: str | None) -> str | None:
@@ -87,6 +64,19 @@ class ColumnsSource(RowsSource):
     prompt: str = Field(default="prompt", description="column with the prompt: text or chat messages")
     answer: str | None = Field(default="answer", description="column with the answer, or null when there is none")
     extract: Extractor = Field(default="boxed", description="where a response states its answer")
+    verifier: VerifierRecipe = Field(default=VerifierRecipe(), description="who says whether a response is right")
+
+    @property
+    def stated(self) -> Extractor:
+        return self.extract
+
+    @property
+    def verified(self) -> VerifierRecipe:
+        return self.verifier
+
+    @property
+    def has_no_answers(self) -> bool:
+        return self.answer is None and self.verifier.compares_answers
 
 
 class JsonlSource(ColumnsSource):
@@ -122,7 +112,18 @@ class DatasetSource(RowsSource):
     extract: Extractor | None = Field(
         default=None, description="where a response states its answer; null: where it is asked to"
     )
+    verifier: VerifierRecipe | None = Field(
+        default=None, description="who says whether a response is right; null: as its kind of answer is compared"
+    )
     max_bad_rows: BadRows = PUBLISHED
+
+    @property
+    def stated(self) -> Extractor:
+        return self.extract or BENCHMARKS[self.dataset].extract
+
+    @property
+    def verified(self) -> VerifierRecipe:
+        return self.verifier or VerifierRecipe.model_validate(BENCHMARKS[self.dataset].verifier)
 
     @model_validator(mode="after")
     def known(self) -> "DatasetSource":
@@ -130,9 +131,13 @@ class DatasetSource(RowsSource):
             raise ValueError(
                 f"there is no data set {self.dataset!r}; there are {', '.join(BENCHMARKS)} (or give hub: ORG/NAME)"
             )
-        parts = BENCHMARKS[self.dataset].parts
-        if self.subset is not None and self.subset not in parts:
-            raise ValueError(f"{self.dataset} has no subset {self.subset!r}; it has {', '.join(parts)}")
+        benchmark = BENCHMARKS[self.dataset]
+        if self.subset is not None and self.subset not in benchmark.parts:
+            raise ValueError(f"{self.dataset} has no subset {self.subset!r}; it has {', '.join(benchmark.parts)}")
+        if self.verifier is None and benchmark.verifier == "judge":
+            raise ValueError(
+                f"{self.dataset} has free answers, which a language model judges; add verifier: {{judge: {{url: ..., model: ...}}}}"
+            )
         return self
 
 
@@ -146,20 +151,18 @@ def source_tag(value: Any) -> str | None:
     return next((tag for tag in ROWS_TAGS if tag in fields), None) or fields.get("generator")
 
 
-def _source_tag(value: Any) -> str:
-    return str(source_tag(value) or "jsonl")
-
-
-Source = Annotated[
-    Annotated[SignsSource, Tag("signs")]
-    | Annotated[SwapsSource, Tag("swaps")]
-    | Annotated[SumsSource, Tag("sums")]
-    | Annotated[JsonlSource, Tag("jsonl")]
-    | Annotated[ParquetSource, Tag("parquet")]
-    | Annotated[HubSource, Tag("hub")]
-    | Annotated[DatasetSource, Tag("dataset")],
-    Discriminator(_source_tag),
-]
+if TYPE_CHECKING:
+    Source = GeneratedSource | RowsSource
+else:
+    Source = Annotated[
+        one_of(GENERATORS)
+        | Annotated[JsonlSource, Tag("jsonl")]
+        | Annotated[ParquetSource, Tag("parquet")]
+        | Annotated[HubSource, Tag("hub")]
+        | Annotated[DatasetSource, Tag("dataset")],
+        # What says nothing of its kind is answered as a file.
+        Discriminator(lambda value: str(source_tag(value) or "jsonl")),
+    ]
 
 
 class DataRecipe(Strict):

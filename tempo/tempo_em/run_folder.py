@@ -22,7 +22,7 @@ from tempo_em.recipe import Recipe
 LOCK = ".lock"
 # Settings that change neither data nor method: a resumed run may differ in them.
 RESUME_MAY_CHANGE = (
-    "checkpoint.", "evaluation.every", "alarms.", "parallel.", "threads",
+    "checkpoint.", "evaluation.every", "alarms.", "tracking.", "parallel.", "threads",
     "micro_batch_tokens", "model.activation_checkpointing", "model.compile", "rollout.sglang.", "rollout.mismatch.",
 )  # fmt: skip
 # What happens before the EM loop: runs that start from the same point agree in these.
@@ -133,7 +133,7 @@ class Lock:
 def begin_folder(resolved: ResolvedRecipe, run_dir: Path, device: torch.device) -> None:
     """Recipe and environment. What a run left that was killed before its first checkpoint goes."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    for leftover in ("metrics.jsonl", "samples.jsonl", "rollouts.json"):
+    for leftover in ("metrics.jsonl", "samples.jsonl", "rollouts.json", "tracking.json"):
         (run_dir / leftover).unlink(missing_ok=True)
     temporary = run_dir / ".recipe.yaml"
     temporary.write_text(resolved.to_yaml(), encoding="utf-8")

@@ -22,6 +22,7 @@ from tempo_engine.samplers import Sampler
 from tempo_engine.tasks.answers import Extract
 from tempo_engine.tracking import Clock
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
+from tempo_engine.verify import Verifier
 from tempo_kernels import advantage, group_advantage, moments, whiten
 from tempo_kernels.segments import segment_ids
 from torch import Tensor
@@ -81,7 +82,7 @@ class EMLoop:
     sampler: Sampler
     labelled: Cursor[Labelled]
     unlabelled: Cursor[Prompt]
-    extract_labelled: Extract
+    verifier: Verifier  # of labelled responses
     extract_unlabelled: Extract
     policy_optimizer: Optimizer
     critic_optimizer: Optimizer | None

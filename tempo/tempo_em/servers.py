@@ -111,16 +111,21 @@ def check_servers(options: SGLangOptions, allowed_hosts: Sequence[str]) -> None:
                 "rollout.sglang.servers auto starts servers on one machine, this run has several; start SGLang on each and "
                 "list their URLs"
             )
-        check_can_start(options.server, options.replicas)
+        check_can_start(options.replicas, options.server.port)
         return
-    for url in options.urls:
+    check_urls(options.urls, allowed_hosts, key=options.key, dtype=options.server.dtype)
+
+
+def check_urls(urls: Sequence[str], allowed_hosts: Sequence[str], *, key: str, dtype: str) -> None:
+    """Raises UserError for a URL that may not be used, and for a server that does not answer as it must."""
+    for url in urls:
         check_url(url, allowed_hosts)
 
     async def ask() -> None:
-        for url in options.urls:
-            client = Client(url, options.key)
+        for url in urls:
+            client = Client(url, key)
             try:
-                await check_answers(client, dtype=options.server.dtype)
+                await check_answers(client, dtype=dtype)
             finally:
                 await client.close()
 

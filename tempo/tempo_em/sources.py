@@ -1,6 +1,5 @@
 """Sources of rows in a recipe -> where they lie and how they are read."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from tempo_engine.data.benchmarks import BENCHMARKS
@@ -8,8 +7,10 @@ from tempo_engine.data.hub import Where
 from tempo_engine.data.load import Loaded, Reading, load
 from tempo_engine.data.style import Style
 from tempo_engine.errors import UserError
-from tempo_engine.tasks.answers import EXTRACTORS
 from tempo_engine.tasks.question import Split
+from tempo_engine.verify import Verifier
+from tempo_engine.verify.kinds import KINDS
+from tempo_engine.verify.pool import Pool
 
 from tempo_em.recipe_data import (
     ColumnsSource,
@@ -21,9 +22,7 @@ from tempo_em.recipe_data import (
     RowsSource,
     Source,
 )
-
-# A grid or a free text is no exact match of an answer.
-NEEDS_MORE = ("grid", "judge")
+from tempo_em.verifying import make_verifier
 
 
 def sources_of(data: DataRecipe) -> dict[str, Source]:
@@ -32,15 +31,23 @@ def sources_of(data: DataRecipe) -> dict[str, Source]:
     return {"labelled": data.labelled, "unlabelled": data.unlabelled, **further}
 
 
-def load_rows(source: RowsSource, split: Split, name: str) -> Loaded:
-    """The questions of a source of rows. Raises UserError for whatever is wrong with it."""
-    reading = Reading(filter=source.filter, limit=source.limit, max_bad_rows=source.max_bad_rows)
+def load_rows(source: RowsSource, split: Split, name: str, pool: Pool) -> tuple[Loaded, Verifier]:
+    """The questions of a source of rows, and who says what is right; `pool` compares expressions, for all sources of a run.
+
+    Raises UserError for whatever is wrong with it: rows that cannot be read, answers of another kind, a function's columns.
+    """
+    how = source.verified
+    # What functions and judges read of a row is their affair: answers of any form, or none.
+    kind = KINDS[how.type or "exact"] if how.compares_answers else None
+    reading = Reading(filter=source.filter, limit=source.limit, max_bad_rows=source.max_bad_rows, kind=kind)
     if isinstance(source, DatasetSource):
         benchmark = BENCHMARKS[source.dataset]
-        return load(benchmark.places(source.subset), replace(reading, benchmark=benchmark), split, name)
-    assert isinstance(source, ColumnsSource)
-    reading = replace(reading, prompt=source.prompt, answer=source.answer)
-    return load([_where(source)], reading, split, name)
+        places, reading = benchmark.places(source.subset), replace(reading, benchmark=benchmark)
+    else:
+        assert isinstance(source, ColumnsSource)
+        places, reading = [_where(source)], replace(reading, prompt=source.prompt, answer=source.answer)
+    loaded = load(places, reading, split, name)
+    return loaded, make_verifier(how, source.stated, loaded, pool)
 
 
 def _where(source: ColumnsSource) -> Where:
@@ -67,20 +74,3 @@ def style_of(data: DataRecipe, source: Source) -> Style:
     else:
         mode = "if_possible" if chat is None and isinstance(source, DatasetSource) else "no"
     return Style(own.template if own else None, system, mode, thinking)
-
-
-def extractor(source: RowsSource) -> Callable[[str], str | None]:
-    """How an answer is read out of a response to a question of this source.
-
-    Raises UserError for a benchmark whose answers cannot be compared as text.
-    """
-    if not isinstance(source, DatasetSource):
-        assert isinstance(source, ColumnsSource)
-        return EXTRACTORS[source.extract]
-    benchmark = BENCHMARKS[source.dataset]
-    if source.extract is None and benchmark.verifier in NEEDS_MORE:
-        raise UserError(
-            f"answers of {source.dataset} are for a verifier of kind {benchmark.verifier}, not for comparison as text; "
-            "set extract if that is what you want"
-        )
-    return EXTRACTORS[source.extract or benchmark.extract]

@@ -12,10 +12,11 @@ from safetensors.torch import save_file
 from tempo_engine import checkpoint, export, parallel
 from tempo_engine.checkpoint import Checkpoints
 from tempo_engine.errors import Halted, Interrupted, NonFinite, UserError
-from tempo_engine.evaluate import evaluate
+from tempo_engine.evaluate import Judged, evaluate
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Rollout
 from tempo_engine.tracking import MetricsFile, plain
+from tempo_engine.verify import metrics_of
 from tempo_engine.weights import copy_weights, named_weights
 
 from tempo_em.alarms import Alarms
@@ -25,7 +26,9 @@ from tempo_em.data_account import check_unchanged, sentences, write_account
 from tempo_em.loading import ResolvedRecipe
 from tempo_em.plot import plot_run
 from tempo_em.run_folder import Lock, begin_folder, check_start, has_other_questions, may_resume
+from tempo_em.samples import sample_rows
 from tempo_em.schedule import Stage
+from tempo_em.sinks import Sinks
 from tempo_em.waiting import Waiting
 
 
@@ -56,6 +59,8 @@ class Training:
         self.loop = self.parts.loop
         self.loop.clock.on_phase = self.display.phase
         self.loop.waiting, self.loop.note = Waiting(run_dir / "rollouts.json"), self.display.note
+        for text in self.parts.notes:
+            self.display.note(text)
         if self.loop.oracle:
             self.display.note(
                 "posterior oracle: answers of data.unlabelled reach training; an upper bound, not a method"
@@ -91,11 +96,13 @@ class Training:
                 export.save_skeleton(self.loop.policy, self.parts.tokenizer, run_dir / "model")
             parallel.wait_for_all()
         self.checkpoints = Checkpoints(folder, keep=how.keep, asynchronous=how.asynchronous)
+        self.sinks = Sinks(self.recipe.tracking if parallel.is_main() else None, self.display.note)
 
     def run(self) -> dict[str, Any]:
         """Run what is left; returns the summary. Raises Interrupted after saving when a signal arrives."""
         handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
         try:
+            self.sinks.begin(self.recipe.model_dump(mode="json"), self.run_dir, self.step)
             self.loop.sampler.open(self.run_dir / "servers", self.loop.policy)
             while self.stage < len(self.stages):
                 name, iterations, iterate = self.stages[self.stage]
@@ -122,6 +129,9 @@ class Training:
         finally:
             self.loop.sampler.close()  # ends what is being sampled ahead
             self.loop.ahead.close()
+            for verifier in self.parts.verifiers:
+                verifier.close()
+            self.sinks.close()
             self.lock.release()
             self.display.close()
             for number, handler in handlers.items():
@@ -149,7 +159,7 @@ class Training:
         start = time.perf_counter()
         with self.loop.clock.time(f"stage/{name}"):
             metrics = iterate(self.iteration)
-        metrics |= self.loop.sampler.metrics()
+        metrics |= self.loop.sampler.metrics() | metrics_of(self.parts.verifiers)
         seconds = time.perf_counter() - start
         self._count_tokens(name, metrics)
         metrics |= {
@@ -161,13 +171,17 @@ class Training:
         if "tokens/generated" in metrics:
             metrics["perf/throughput"] = metrics["tokens/generated"] / seconds
         self.iteration, self.step = self.iteration + 1, self.step + 1
-        self.metrics.write({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
+        self._log({"step": self.step, "stage": name, "iteration": self.iteration, **metrics})
         self.display.advance(name, self.iteration - 1, metrics)
         saves = self.recipe.checkpoint.every and self.iteration % self.recipe.checkpoint.every == 0
         if saves and self.iteration < iterations:
             self._save()
         self.checkpoints.poll()
         self._stop_if_asked()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        self.metrics.write(row)
+        self.sinks.write(self.step, row)
 
     def _watch(self, metrics: dict[str, float]) -> dict[str, float]:
         alarms, sentences = self.alarms.look(metrics)
@@ -201,13 +215,13 @@ class Training:
         loop = self.loop
         critic = loop.critic if with_critic and self._critic_is_fitted() else None
         results: dict[str, dict[str, float]] = {}
-        rollouts: dict[str, list[Rollout]] = {}
+        rollouts: dict[str, tuple[list[Rollout], Judged]] = {}
         with loop.clock.time("evaluation"):
             loop.sampler.load(loop.policy)
             for evaluation_set in self.parts.evaluation_sets:
                 self._stop_if_asked()
                 name = evaluation_set.name
-                results[name], rollouts[name] = evaluate(
+                results[name], sampled, judged = evaluate(
                     loop.sampler,
                     critic,
                     self.recipe.critic.target_range,
@@ -216,29 +230,26 @@ class Training:
                     micro_batch_tokens=self.recipe.micro_batch_tokens,
                     key=f"evaluation/{label}",
                 )
-        loop.clock.lap()
+                rollouts[name] = sampled, judged
+        seconds = loop.clock.lap()["evaluation"]
         # Counted and written only now: an evaluation that a signal cut short is done again from its beginning.
         self.evaluations[label] = results
-        for name, sampled in rollouts.items():
+        for name, (sampled, judged) in rollouts.items():
             self.tokens["evaluation"] += sum(len(r.response_ids) for r in sampled)
-            self._write_samples(label, name, sampled)
-        row = {
+            for row in sample_rows(sampled, judged, self.parts.tokenizer, step=self.recipe.evaluation.samples):
+                self.samples.write({"evaluation": label, "set": name, **row})
+        found: dict[str, Any] = {
             _verl_name(name, metric): value for name, metrics in results.items() for metric, value in metrics.items()
         }
-        self.metrics.write({"step": self.step, "evaluation": label, **row})
+        bins = {name: judged.reliability for name, (_, judged) in rollouts.items() if judged.reliability}
+        found |= {"reliability": bins} if bins else {}
+        self._log({"step": self.step, "evaluation": label, **found, "timing_s/evaluation": seconds})
         if results:
             self.display.note(evaluation_line(label, results))
 
     def _critic_is_fitted(self) -> bool:
         optimizer = self.loop.critic_optimizer
         return optimizer is not None and (optimizer.num_steps > 0 or self.recipe.critic.path is not None)
-
-    def _write_samples(self, label: str, set_name: str, rollouts: list[Rollout]) -> None:
-        """The first sample of the first prompts, to read what the numbers are made of."""
-        step = self.recipe.evaluation.samples
-        for rollout in rollouts[: 8 * step : step]:
-            text = {"prompt": rollout.prompt.text, "response": rollout.text}
-            self.samples.write({"evaluation": label, "set": set_name, **text})
 
     def _count_tokens(self, stage: str, metrics: dict[str, float]) -> None:
         generated = int(metrics.get("tokens/generated", 0))

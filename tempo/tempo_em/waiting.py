@@ -14,7 +14,7 @@ from tempo_engine.rollout import Rollout
 
 @dataclass(frozen=True)
 class Sampled:
-    """What one iteration sampled: labelled responses with their verified rewards in {0, 1}, and unlabelled ones.
+    """What one iteration sampled: labelled responses with their verified rewards in [0, 1], and unlabelled ones.
 
     `accuracy` is that of all labelled responses, kept or not (None: there were none). `num_responses` and `num_tokens` count what
     was sampled, kept or not, `cursors` are the positions in the data after it. `beliefs` are the outcomes in [0, 1] of the

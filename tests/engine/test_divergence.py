@@ -34,9 +34,8 @@ MakeRollouts = Callable[..., list[Rollout]]
 def two_responses() -> PackedBatch:
     """Responses (11, 12, 13) and (21, 22), every log-prob of the sampler -1."""
     cu_seqlens = torch.tensor([0, 4, 7])
-    return PackedBatch(
-        torch.tensor([1, 11, 12, 13, 1, 21, 22]), cu_seqlens, torch.tensor([0, 3, 5]), torch.full((5,), -1.0)
-    )
+    ids, cu_responses = torch.tensor([1, 11, 12, 13, 1, 21, 22]), torch.tensor([0, 3, 5])
+    return PackedBatch(ids, cu_seqlens, cu_responses, torch.full((5,), -1.0), prompt_S=torch.tensor([0, 0]))
 
 
 def test_the_first_token_is_the_one_earliest_in_its_response() -> None:

@@ -16,6 +16,7 @@ from tempo_engine.metrics import (
     majority_at_k,
     modes,
     pass_at_k,
+    reliability,
 )
 
 corrects = st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4).map(np.array)
@@ -164,6 +165,12 @@ def test_equal_probabilities_stay_in_one_bin():
     # In bins of two by rank, the four 0.5 would be torn apart and show an error of 0.5.
     probability_N, correct_N = np.full(4, 0.5), np.array([1, 1, 0, 0])
     assert expected_calibration_error(probability_N, correct_N, bins=2) == 0
+
+
+def test_bins_of_reliability_by_hand():
+    probability_N, correct_N = np.array([0.9, 0.1, 0.3, 0.7]), np.array([1.0, 0.0, 1.0, 1.0])
+    assert reliability(probability_N, correct_N, bins=2) == [(2, pytest.approx(0.2), 0.5), (2, pytest.approx(0.8), 1.0)]
+    assert reliability(np.array([0.5, 0.5]), np.array([0.0, 1.0])) == [(2, 0.5, 0.5)]
 
 
 @given(scored.filter(bool), st.integers(1, 12), st.randoms(use_true_random=False))

@@ -215,7 +215,7 @@ def test_malformed_sums_responses_have_no_answer(response: str):
 
 @pytest.mark.parametrize("generator", GENERATORS.values(), ids=GENERATORS)
 def test_every_word_of_prompts_and_traces_is_in_the_vocabulary(generator: Generator):
-    vocabulary = set(generator.vocabulary())
+    vocabulary = set(generator.vocabulary() or ())
     for question, rng in drawn(generator, 200):
         texts = [str(question.content), *(generator.trace(question, kind, rng) for kind in generator.trace_kinds)]
         assert set(" ".join(texts).split()) <= vocabulary
@@ -232,7 +232,8 @@ def test_the_furthest_signs_remainders_are_in_the_vocabulary(kind: str):
 
 @pytest.mark.parametrize("generator", GENERATORS.values(), ids=GENERATORS)
 def test_a_vocabulary_has_no_repeats(generator: Generator):
-    assert len(set(generator.vocabulary())) == len(generator.vocabulary())
+    vocabulary = generator.vocabulary() or []
+    assert len(set(vocabulary)) == len(vocabulary)
 
 
 @pytest.mark.parametrize("generator", GENERATORS.values(), ids=GENERATORS)

@@ -5,7 +5,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.question import Question
-from tempo_engine.tokenizer import byte_tokenizer, decoder, load_tokenizer, single_token, to_prompts, word_tokenizer
+from tempo_engine.tokenizer import (
+    byte_tokenizer,
+    decoder,
+    load_tokenizer,
+    pieces,
+    single_token,
+    to_prompts,
+    word_tokenizer,
+)
 
 BYTES = byte_tokenizer()
 
@@ -77,3 +85,19 @@ def test_prompts_keep_the_id_of_their_content() -> None:
 def test_prompts_that_are_too_long_or_empty_are_refused(text: str) -> None:
     with pytest.raises(UserError, match="max_prompt_tokens is 2"):
         to_prompts([Question(text)], word_tokenizer(["a"]), max_tokens=2, where="data.labelled")
+
+
+def test_pieces_say_what_each_token_adds() -> None:
+    tokenizer = word_tokenizer(["+3", "(2)"])
+    ids = [*tokenizer("+3 (2)")["input_ids"], tokenizer.eos_token_id]
+    assert pieces(tokenizer, ids) == ["+3", " (2)", " <end>"]
+    assert pieces(tokenizer, []) == []
+
+
+@given(st.text(alphabet=st.characters(exclude_categories=("Cs",)), max_size=20))
+def test_pieces_of_any_text_are_that_text(text: str) -> None:
+    assert "".join(pieces(BYTES, BYTES(text)["input_ids"])) == text
+
+
+def test_a_character_of_several_tokens_belongs_to_the_last() -> None:
+    assert pieces(BYTES, BYTES("a\u20ac!")["input_ids"]) == ["a", "", "", "\u20ac", "!"]

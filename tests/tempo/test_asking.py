@@ -17,6 +17,7 @@ from tempo_engine.cursor import Cursor
 from tempo_engine.model import Policy
 from tempo_engine.rollout import Labelled, Prompt, Rollout
 from tempo_engine.tasks.answers import whole
+from tempo_engine.verify import ExactMatch
 
 # 4 labelled groups of 2 and 2 unlabelled groups of 4 an iteration.
 SMALL = ("em.rollouts=16", "em.group_size=4", "em.labelled_group_size=2")
@@ -57,7 +58,7 @@ class Scripted:
 def asking(say: Say, *settings: str, share: float | None = None) -> tuple[Asking, Scripted]:
     recipe = load_recipe("tiny", [*SMALL, *settings]).recipe
     sampler = Scripted(say)
-    loop = SimpleNamespace(recipe=recipe, sampler=sampler, extract_labelled=whole, extract_unlabelled=whole)
+    loop = SimpleNamespace(recipe=recipe, sampler=sampler, verifier=ExactMatch(whole), extract_unlabelled=whole)
     em = stages_of(recipe)[-1]
     stage = em if share is None else replace(em, labelled_share=share)
     labelled = Cursor([Labelled(prompt, frozenset({"right"})) for prompt in PROMPTS], seed="labelled")

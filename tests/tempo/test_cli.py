@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tempo_em.commands import data_command, train_command
+from tempo_em.commands import data_command, report_command, train_command
 from tempo_em.loading import packaged
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer, LlamaConfig
 
@@ -74,6 +74,25 @@ def test_metrics_have_one_line_an_iteration_and_verls_names(finished: tuple[Path
     )
     final = next(row for row in rows if row.get("evaluation") == "final")
     assert {"val-core/unlabelled/acc/mean@2", "val-aux/labelled_heldout/critic/auroc"} <= set(final)
+
+
+def test_evaluations_keep_a_few_responses_and_what_the_critic_thought_of_them(finished: tuple[Path, str]) -> None:
+    rows = [json.loads(line) for line in (finished[0] / "samples.jsonl").read_text().splitlines()]
+    final = [row for row in rows if (row["evaluation"], row["set"]) == ("final", "unlabelled")]
+    assert [len(row["values"]) - len(row["tokens"]) for row in final if "tokens" in row] == [1] * 4
+    assert all(row["values"][-1] == row["terminal"] for row in final if "tokens" in row)
+    assert {type(row["right"]) for row in rows} == {bool}
+    assert not any("terminal" in row for row in rows if row["evaluation"] == "base")
+    metrics = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    bins = next(row for row in metrics if row.get("evaluation") == "final")["reliability"]["unlabelled"]
+    assert sum(count for count, _, _ in bins) == 16 * 2
+
+
+def test_a_report_is_written_into_the_run_folder(finished: tuple[Path, str]) -> None:
+    assert report_command([finished[0]], None, False) == 0
+    page = (finished[0] / "report.html").read_text()
+    assert "EM iterations of tempo" in page
+    assert "Reliability, unlabelled" in page
 
 
 def test_plain_lines_and_a_table_when_piped(finished: tuple[Path, str]) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tempo_em.build import load_datasets
 from tempo_em.console import PlainDisplay
 from tempo_em.data_account import account, changes, check_unchanged, write_account
+from tempo_em.datasets import load_datasets
 from tempo_em.loading import load_recipe, packaged
 from tempo_em.train import Training
 from tempo_engine.errors import UserError

@@ -132,7 +132,6 @@ def test_what_grows_from_iteration_to_iteration_is_drift_within_the_bounds_too()
     ("arguments", "sentence"),
     [
         (("nowhere.yaml", [], True, 3, None), "the recipe nowhere.yaml does not exist"),
-        (("tiny", [], False, 3, None), "--mismatch compares sampler and trainer"),
         (("tiny", [], True, 3, Path("/nowhere/x.json")), "the folder /nowhere does not exist"),
         (("tiny", ["rollout.temprature=1"], True, 3, None), "did you mean temperature"),
     ],

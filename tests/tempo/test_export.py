@@ -33,7 +33,9 @@ def test_the_newest_checkpoint_is_exported_as_models_that_say_what_the_run_does(
     training = train("em.iterations=1")
     capsys.readouterr()
     assert export_command(training.run_dir, tmp_path / "out", None) == 0
-    assert capsys.readouterr().out.split() == ["wrote", f"{tmp_path}/out/policy", "wrote", f"{tmp_path}/out/critic"]
+    assert capsys.readouterr().out.split() == [
+        word for name in ("policy", "critic", "README.md") for word in ("wrote", f"{tmp_path}/out/{name}")
+    ]
     policy, critic = training.loop.policy, training.loop.critic
     assert critic is not None
     language_model = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "policy", attn_implementation="eager")
@@ -52,7 +54,7 @@ def test_a_run_without_a_critic_gives_a_policy_only(train: Callable[..., Trainin
     training = train("method=ttrl", "em.iterations=1", "initialisation.critic_warmup=0", "initialisation.rlvr=0")
     assert training.loop.critic is None
     assert export_command(training.run_dir, tmp_path / "out", None) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"policy"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"policy", "README.md"}
 
 
 def test_an_earlier_step_is_exported_when_asked_for(train: Callable[..., Training], tmp_path: Path) -> None:

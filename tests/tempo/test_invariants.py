@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from tempo_em.asking import Asking
-from tempo_em.build import Dataset, load_datasets
 from tempo_em.console import PlainDisplay
+from tempo_em.datasets import Dataset, load_datasets
 from tempo_em.loading import load_recipe
 from tempo_em.presets import PRESETS
 from tempo_em.recipe import Recipe
@@ -20,6 +20,7 @@ from tempo_em.waiting import Sampled
 from tempo_engine.errors import UserError
 from tempo_engine.packing import PackedBatch, pack
 from tempo_engine.rollout import Rollout
+from tempo_engine.verify import ExactMatch
 from tempo_kernels import group_advantage
 from torch import Tensor
 
@@ -112,7 +113,9 @@ def test_only_the_oracle_trains_on_answers_of_unlabelled_questions(
 def test_the_m_step_has_no_labels_of_unlabelled_questions_in_reach(prepare: Train) -> None:
     loop = prepare().loop
     assert loop.oracle is None
-    assert all(not hasattr(prompt, "answers") for prompt in loop.unlabelled.items)
+    assert all(not hasattr(prompt, name) for prompt in loop.unlabelled.items for name in ("answers", "columns"))
+    # Their verifier is there to read answers out of responses; it is told labels with each question and keeps none.
+    assert {name for name, value in vars(loop).items() if isinstance(value, ExactMatch)} == {"verifier"}
     assert "EvaluationSet" not in {type(value).__name__ for value in vars(loop).values()}
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from tempo_em.build import load_datasets, tokenizer_for
+from tempo_em.datasets import load_datasets, tokenizer_for
 from tempo_em.loading import load_recipe
 from tempo_em.plan.configs import fresh_vocab_size, packaged_models
 from tempo_em.plan.shape import FAMILIES, shape_of

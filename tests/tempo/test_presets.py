@@ -2,14 +2,15 @@
 micro-batches or kernels. The responses are random; gradients are compared before each optimiser step."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-from tempo_em.build import build, load_datasets
+from tempo_em.build import build
+from tempo_em.datasets import load_datasets
 from tempo_em.loading import parse_setting, resolve
 from tempo_em.presets import PRESETS
 from tempo_em.schedule import EMLoop
@@ -17,6 +18,7 @@ from tempo_engine.model import Critic, Policy
 from tempo_engine.optim import Optimizer
 from tempo_engine.rollout import Prompt, Rollout
 from tempo_engine.tasks.answers import whole
+from tempo_engine.verify import ExactMatch
 from torch import Tensor
 
 RECIPE: dict[str, Any] = {
@@ -280,7 +282,9 @@ def make_loop(*settings: str) -> tuple[EMLoop, Any]:
     loop, datasets = parts.loop, load_datasets(recipe)
     right = {q.id: q.answers for name in ("labelled", "unlabelled") for q in datasets[name].questions}
     loop.sampler = Scripted(right, len(parts.tokenizer))  # pyright: ignore[reportAttributeAccessIssue]
-    loop.extract_labelled = loop.extract_unlabelled = whole
+    loop.verifier, loop.extract_unlabelled = ExactMatch(whole), whole
+    if loop.oracle:
+        loop.oracle = replace(loop.oracle, verifier=ExactMatch(whole))
     if loop.critic:
         generator = torch.Generator().manual_seed(5)
         for _, p in loop.critic.parameters():

@@ -5,9 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tempo_em.build import build, load_datasets
+from tempo_em.build import build
 from tempo_em.commands import import_command
 from tempo_em.console import PlainDisplay
+from tempo_em.datasets import load_datasets
 from tempo_em.loading import load_recipe
 from tempo_em.recipe import Recipe
 from tempo_em.train import Training

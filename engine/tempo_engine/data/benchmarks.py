@@ -19,7 +19,8 @@ Verifier = Literal["exact", "int", "expression", "choice", "grid", "judge"]
 class Benchmark:
     """A data set that is known by name. `parts`: what `subset` of a recipe may choose; by default all of them are read.
 
-    `extract` says where a response states its answer, `verifier` what kind of answer it is.
+    `extract` says where a response states its answer, `verifier` what kind of answer it is (`tempo_engine.verify.kinds`) or that it
+    takes a judge.
     """
 
     about: str

@@ -56,6 +56,11 @@ def look_up(row: Mapping[str, Any], column: str) -> Any:
     raise BadRow(f"has no column {column!r}; its columns are {', '.join(sorted(map(str, row)))}")
 
 
+def entry(row: Mapping[str, Any], column: str | None, otherwise: Any = None) -> Any:
+    """The value in a column, where there is one."""
+    return look_up(row, column) if column is not None and has(row, column) else otherwise
+
+
 def is_labelled(row: Mapping[str, Any], flag: str) -> bool | None:
     """What the flag says of a row; None when the row does not have it. Raises BadRow when it says neither yes nor no."""
     value = look_up(row, flag) if has(row, flag) else None

@@ -10,7 +10,10 @@ from tempo_engine.tasks.question import Question
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """A row that gave no question: Quarantined("train.jsonl", 7, "is not JSON: Expecting value"). Never its content."""
+    """A row that gave no question: Quarantined("train.jsonl", 7, "is not JSON: Expecting value").
+
+    Of its content a reason has at most the value that is wrong, cut short.
+    """
 
     file: str
     row: int

@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any
 
 from tempo_engine.data.benchmarks import Benchmark
-from tempo_engine.data.columns import Columns, has, is_labelled, look_up, passes, recognise
+from tempo_engine.data.columns import Columns, entry, is_labelled, passes, recognise
 from tempo_engine.data.hub import Snapshot, Where, fetch
 from tempo_engine.data.intake import Intake
-from tempo_engine.data.questions import question_of
+from tempo_engine.data.questions import answers_of, question_of
 from tempo_engine.data.rows import BadRow, Row, read_rows
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.question import Question, Split
+from tempo_engine.verify.kinds import KINDS, Kind
+
+# What a verifier that reads columns is given of a benchmark beside its row.
+ASKED, REFERENCE = "prompt", "answer"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows become questions. A `benchmark` knows its columns; otherwise `prompt` and `answer` name them (None: no answers)."""
+    """How rows become questions. A `benchmark` knows its columns; otherwise `prompt` and `answer` name them (None: no answers).
+
+    `kind` is what right answers are and how they are spelled; None: they stay in the row, for who reads columns.
+    """
 
     prompt: str = "prompt"
     answer: str | None = "answer"
@@ -27,6 +34,7 @@ class Reading:
     limit: int | None = None
     max_bad_rows: float = 0
     benchmark: Benchmark | None = None
+    kind: Kind | None = KINDS["exact"]
 
 
 @dataclass
@@ -102,7 +110,7 @@ def _take(row: Row, reading: Reading, split: Split, loaded: Loaded) -> None:
         loaded.intake.left_out["not of the filter"] += 1
         return
     if reading.benchmark:
-        loaded.intake.take(reading.benchmark.question(row.value), row)
+        loaded.intake.take(_of_benchmark(row.value, reading.benchmark, reading.kind), row)
         return
     columns = loaded.columns or recognise(row.value, reading.prompt, reading.answer)
     if columns.flag and split != "heldout":
@@ -110,16 +118,26 @@ def _take(row: Row, reading: Reading, split: Split, loaded: Loaded) -> None:
         if flag is not None and flag != (split == "labelled"):
             loaded.intake.left_out["of the other kind"] += 1
             return
-        if flag is False and columns.answer and not _has_answer(row.value, columns.answer):
-            loaded.intake.take(question_of(row.value, replace(columns, answer=None)), row)
+        if flag is False and columns.answer and entry(row.value, columns.answer) in (None, ""):
+            loaded.intake.take(_question(row.value, columns, None), row)
             return
-    question = question_of(row.value, columns)
+    question = _question(row.value, columns, reading.kind)
     loaded.columns = columns  # what one good row says, holds for all
     loaded.intake.take(question, row)
 
 
-def _has_answer(row: Mapping[str, Any], column: str) -> bool:
-    return has(row, column) and look_up(row, column) not in (None, "")
+def _question(row: Mapping[str, Any], columns: Columns, kind: Kind | None) -> Question:
+    if kind is None:
+        return question_of(row, replace(columns, answer=None), KINDS["exact"])
+    return question_of(row, columns, kind)
+
+
+def _of_benchmark(row: Mapping[str, Any], benchmark: Benchmark, kind: Kind | None) -> Question:
+    question = benchmark.question(row)
+    if kind is not None:
+        return replace(question, answers=answers_of(sorted(question.answers), kind))
+    reference = min(question.answers, key=lambda answer: (len(answer), answer))
+    return replace(question, columns={**row, ASKED: question.shown or question.content, REFERENCE: reference})
 
 
 def _rows_at(place: Where, files: list[dict[str, Any]]) -> Iterator[Row]:

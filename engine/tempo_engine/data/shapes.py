@@ -61,7 +61,7 @@ def boxed(prompt: str, answer: str) -> Callable[[Mapping[str, Any]], Question]:
 
 
 def _boxed(problem: str, answers: frozenset[str], row: Mapping[str, Any]) -> Question:
-    return Question(problem, answers, BOXED + problem, row)
+    return Question(problem, answers, BOXED + problem, columns=row)
 
 
 def dapo(row: Mapping[str, Any]) -> Question:
@@ -70,7 +70,7 @@ def dapo(row: Mapping[str, Any]) -> Question:
     text = content if isinstance(content, str) else content[-1][1]
     problem = text.removeprefix(DAPO_BEFORE).removesuffix(DAPO_AFTER)
     answers = answers_of(look_up(row, "reward_model.ground_truth"))
-    return Question(problem, answers, DAPO_BEFORE + problem + DAPO_AFTER, row)
+    return Question(problem, answers, DAPO_BEFORE + problem + DAPO_AFTER, columns=row)
 
 
 def dolci(row: Mapping[str, Any]) -> Question:
@@ -116,7 +116,7 @@ def bbh(row: Mapping[str, Any]) -> Question:
     if letter and options and _are_texts(options):
         return _choice(text, options, LETTERS.index(letter.group(1)), row)
     spellings = {canonical(spelling) for spelling in (target, target.lower(), target.capitalize(), target.upper())}
-    return Question(text, answers_of(sorted(spellings)), SHORT + text, row)
+    return Question(text, answers_of(sorted(spellings)), SHORT + text, columns=row)
 
 
 def zebralogic(row: Mapping[str, Any]) -> Question:
@@ -132,7 +132,7 @@ def zebralogic(row: Mapping[str, Any]) -> Question:
     blank = {house: dict.fromkeys(values, "___") for house, values in grid.items()}
     form = json.dumps({"reasoning": "___", "solution": blank}, indent=1, ensure_ascii=False)
     answer = _reference(json.dumps(grid, ensure_ascii=False))
-    return Question(puzzle, frozenset({answer}), GRID + puzzle + GRID_AFTER + form, row)
+    return Question(puzzle, frozenset({answer}), GRID + puzzle + GRID_AFTER + form, columns=row)
 
 
 def _choice(text: str, choices: Sequence[str], right: Any, row: Mapping[str, Any]) -> Question:
@@ -144,7 +144,9 @@ def _choice(text: str, choices: Sequence[str], right: Any, row: Mapping[str, Any
     content = f"{text}\n\n{listed}"
     shown = CHOICE.replace("{letters}", ",".join(letters)) + content
     letter = letters[right]
-    return Question(content, frozenset({letter, f"({letter})", letter.lower(), f"({letter.lower()})"}), shown, row)
+    return Question(
+        content, frozenset({letter, f"({letter})", letter.lower(), f"({letter.lower()})"}), shown, columns=row
+    )
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:

@@ -55,7 +55,7 @@ def server_layers(
     arguments = {"debug-tensor-dump-output-folder": str(dumps), "disable-radix-cache": True}
     server = sampler.options.server
     server = replace(server, port=None, data_parallel=1, arguments={**server.arguments, **arguments})
-    check_can_start(server, 1)
+    check_can_start(1, None)
     options = replace(sampler.options, server=server, urls=(), replicas=1, sync="disk", sync_folder=None, naps=False)
     one = SGLangSampler(options, stop_ids=[], decode=lambda ids: "", max_new_tokens=sampler.max_new_tokens)
     one.open(folder, policy)

@@ -210,7 +210,7 @@ def _last_words(log: Path | None) -> str:
 # --- Before a run ------------------------------------------------------------------------------------------------------------
 
 
-def check_can_start(options: ServerOptions, replicas: int) -> None:
+def check_can_start(replicas: int, first_port: int | None) -> None:
     """Raises UserError when servers of ours cannot be started here: sglang missing or another release, a port in use."""
     if importlib.util.find_spec("sglang") is None:
         raise UserError(
@@ -222,7 +222,7 @@ def check_can_start(options: ServerOptions, replicas: int) -> None:
             f"sglang {found} is installed, this engine works with {VERSION}; install sglang=={VERSION} "
             "(on a CPU: `make sglang-cpu`)"
         )
-    for port in range(options.port, options.port + replicas) if options.port else ():
+    for port in range(first_port, first_port + replicas) if first_port else ():
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

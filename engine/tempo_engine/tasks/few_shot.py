@@ -57,5 +57,5 @@ class FewShot:
     def extract(self, response: str) -> str | None:
         return self.generator.extract(response.partition("\n")[0])
 
-    def vocabulary(self) -> list[str]:
+    def vocabulary(self) -> list[str] | None:
         return self.generator.vocabulary()

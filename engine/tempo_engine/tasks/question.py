@@ -16,13 +16,14 @@ class Question:
     """A question before tokenisation: Question("3 5 = (8)", answers=frozenset({"+3+5"})).
 
     `content` is plain text, or chat messages as (role, text) pairs. `answers` holds every right answer, if known. `shown`: the
-    prompt's text where that is more than the content, such as worked questions before it. `columns`: its row of a file, for
-    verifiers that read more than answers; like the answers, never part of a Prompt.
+    prompt's text where that is more than the content, such as worked questions before it. `part`: which generator of a mix drew
+    it. `columns`: its row of a file, for verifiers that read more than answers; like the answers, never part of a Prompt.
     """
 
     content: str | tuple[tuple[str, str], ...]
     answers: frozenset[str] = frozenset()
     shown: str = ""
+    part: int = 0
     columns: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -51,8 +52,8 @@ class Generator(Protocol):
         """The answer a response gives, in canonical form; None when it gives none."""
         ...
 
-    def vocabulary(self) -> list[str]:
-        """Every whitespace-separated word that prompts and traces can contain."""
+    def vocabulary(self) -> list[str] | None:
+        """Every whitespace-separated word that prompts and traces can contain; None where nobody knows them all."""
         ...
 
 

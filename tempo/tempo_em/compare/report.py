@@ -1,5 +1,6 @@
 """Tables in Markdown and curves as a figure, from the results of a comparison."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
     }
     shown = {name: title for name, title in wanted.items() if any(name in r.last for r in results.values())}
     tasks = list(comparison.tasks)
-    size = (4.2 * len(shown), 3.6 * len(tasks))
+    size = (4.2 * len(shown) + 2, 3.6 * len(tasks))
     figure, axes = plt.subplots(len(tasks), len(shown), figsize=size, squeeze=False, constrained_layout=True)
     figure.suptitle(comparison.title)
     for row, task in zip(axes, tasks, strict=True):
@@ -139,7 +140,9 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
                 _draw(axis, lines, arm, colour, comparison.iterations)
             axis.set(title=f"{task}, {title}", xlabel="EM iteration")
             axis.grid(alpha=0.25)
-    axes[0][0].legend(fontsize=7)
+    lines = {str(line.get_label()): line for axis in axes.flat for line in axis.lines if line.get_marker() == "o"}
+    columns = -(-len(lines) // (20 * len(tasks)))
+    figure.legend(lines.values(), lines.keys(), fontsize=7, loc="outside right upper", ncols=columns)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -148,11 +151,12 @@ def _lines(
     comparison: Comparison, results: Results, task: str, name: str
 ) -> Iterator[tuple[tuple[str, str], list[dict[int, float]]]]:
     """(arm, colour) and, for each of its cells, iteration -> value; arms without the metric are left out."""
-    for arm, colour in zip(comparison.arms_of(comparison.tasks[task]), COLOURS * 9, strict=False):
+    colours = dict(zip(comparison.arms, itertools.cycle(COLOURS), strict=False))  # an arm has one on all tasks
+    for arm in comparison.arms_of(comparison.tasks[task]):
         runs = sorted(runs_of(results, task, arm).items(), key=lambda run: iterations_of(comparison, run[0]))
         lines = [{i: p[name] for i, p in result.points.items() if name in p} for _, result in runs]
         if all(lines):
-            yield (arm, colour), lines
+            yield (arm, colours[arm]), lines
 
 
 def _draw(axis: Any, lines: list[dict[int, float]], arm: str, colour: str, iterations: int) -> None:

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from tempo_engine.errors import UserError
-from tempo_engine.tasks.signs import Signs
-from tempo_engine.tasks.sums import Sums
-from tempo_engine.tasks.swaps import Swaps
 
 from tempo_em.recipe import Recipe
-from tempo_em.recipe_data import RowsSource, SignsSource, Source, SwapsSource
+from tempo_em.recipe_data import RowsSource
 
 # Beside its words a tokenizer for a fresh model has pad, end and unknown; without generators it has one token a byte.
 SPECIAL_TOKENS, BYTES = 3, 256
@@ -56,19 +53,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def fresh_vocab_size(recipe: Recipe) -> int:
-    """Tokens of the tokenizer that is built for a fresh model (see `tempo_em.build.tokenizer_for`)."""
+    """Tokens of the tokenizer that is built for a fresh model (see `tempo_em.datasets.tokenizer_for`)."""
     sources = [recipe.data.labelled, recipe.data.unlabelled, *recipe.data.evaluation.values()]
-    vocabularies = [_words(source) for source in sources]
+    vocabularies = [None if isinstance(s, RowsSource) else s.make().vocabulary() for s in sources]
     if any(words is None for words in vocabularies):
         return SPECIAL_TOKENS + BYTES
     return SPECIAL_TOKENS + len({word for words in vocabularies for word in words or ()})
-
-
-def _words(source: Source) -> list[str] | None:
-    if isinstance(source, RowsSource):
-        return None
-    if isinstance(source, SignsSource):
-        return Signs(source.terms, source.largest, source.unique).vocabulary()
-    if isinstance(source, SwapsSource):
-        return Swaps(source.terms, source.unique).vocabulary()
-    return Sums(source.terms, source.largest).vocabulary()

@@ -11,6 +11,7 @@ from tempo_engine.data.hub import Where
 from tempo_engine.data.load import Reading, load
 from tempo_engine.errors import UserError
 from tempo_engine.tasks.question import Question
+from tempo_engine.verify.kinds import KINDS
 
 
 @pytest.fixture
@@ -194,3 +195,33 @@ def test_any_text_file_parses_or_raises_a_user_error(tmp_path_factory: pytest.Te
 @settings(deadline=None)
 def test_any_binary_file_parses_or_raises_a_user_error(tmp_path_factory: pytest.TempPathFactory, data: bytes):
     assert parses_or_says_why(tmp_path_factory.getbasetemp(), data)
+
+
+# --- Kinds of answers --------------------------------------------------------------------------------------------------------
+
+
+def test_right_answers_are_spelled_as_their_kind_spells_them(file: Path):
+    write(file, row("q", ["(b)", "C."]))
+    assert read(file, kind=KINDS["choice"])[0].answers == {"B", "C"}
+
+
+def test_a_right_answer_of_another_kind_is_named(file: Path):
+    write(file, row("p", 3), row("q", "three"))
+    with pytest.raises(UserError, match=r"line 2: the answer must be an integer, .* got 'three'"):
+        read(file, kind=KINDS["int"])
+
+
+def test_a_grid_may_be_an_object(file: Path):
+    cells = {"House 1": {"Name": "Eric"}}
+    write(file, row("p", cells), row("q", json.dumps(cells)))
+    one, other = read(file, kind=KINDS["grid"])
+    assert one.answers == other.answers == {'{"house 1 / name": "eric"}'}
+
+
+def test_an_answer_without_a_kind_stays_in_its_row(file: Path):
+    """Functions and judges read columns: what an answer is, or whether there is one, is their affair."""
+    write(file, row("q", {"any": None}) | {"level": 3}, {"prompt": "p"})
+    kept, bare = read(file, kind=None)
+    assert kept.answers == bare.answers == frozenset()
+    assert kept.columns == {"prompt": "q", "answer": {"any": None}, "level": 3}
+    assert bare.columns == {"prompt": "p"}

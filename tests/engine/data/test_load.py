@@ -125,7 +125,7 @@ def test_bad_rows_are_kept_aside_with_place_and_reason(file: Path) -> None:
     starts = [
         "is not JSON",
         "has no column 'prompt'",
-        "an answer must have",
+        "the answer must be 1 to 300 characters",
         "the prompt must be",
         "holds a list",
         "is not JSON",
@@ -141,7 +141,8 @@ def test_without_a_bound_the_first_bad_row_stops(file: Path, bad: Any) -> None:
 
 def test_one_bad_row_more_than_the_bound_stops(file: Path) -> None:
     with pytest.raises(
-        UserError, match=r"data\.x has 3 bad rows, max_bad_rows is 2; the last one: .*line 16: an answer must have"
+        UserError,
+        match=r"data\.x has 3 bad rows, max_bad_rows is 2; the last one: .*line 16: the answer must be 1 to 300",
     ):
         read(file, *GOOD, *BAD, max_bad_rows=2)
 

@@ -31,6 +31,7 @@ CONFIG: dict[str, Any] = {
 LORA = {"blocks": {"lora": Lora(rank=4, alpha=8.0)}}
 UNTIED = {"config": {"tie_word_embeddings": False}}
 SINGLE = {"dtype": torch.float32}
+GROUPS = {"groups": True, "config": {"max_position_embeddings": 128}}
 SPLIT = {"tokens": 40}  # micro-batches of at most so many tokens; else each rank has one
 
 # Every case must give the gradients that one process finds for the case named in `like`.
@@ -55,6 +56,12 @@ CASES: dict[str, dict[str, Any]] = {
     "lora": {"like": "lora", **LORA},
     "lora, split": {"like": "lora", **LORA, **SPLIT},
     "lora, from files": {"like": "lora", **LORA, **SPLIT, "from_files": True},
+    "groups": {"like": "groups", **GROUPS},
+    "groups, trees": {"like": "groups", **GROUPS, "share_prompts": True},
+    "groups, trees, split": {"like": "groups", **GROUPS, "share_prompts": True, "tokens": 150},
+    "groups, trees, full checkpointing": {
+        "like": "groups", **GROUPS, "share_prompts": True, "blocks": {"activation_checkpointing": "full"},
+    },
     "float32": {"like": "float32", **SINGLE},
     "float32, split": {"like": "float32", **SINGLE, **SPLIT},
     "float32, full checkpointing": {
@@ -74,7 +81,16 @@ def make_policy(case: dict[str, Any], folder: Path) -> Policy:
         model = blank_causal_lm(folder / "model", dtype=how.storage, attention="sdpa")
         return Policy(model, sharding=how, blocks=blocks, weights=folder / "model")
     model = create_causal_lm(config, dtype=how.storage, attention="sdpa", seed=0)
-    return Policy(model, sharding=how, blocks=blocks)
+    return Policy(model, sharding=how, blocks=blocks, share_prompts=case.get("share_prompts", False))
+
+
+def grouped_rollouts() -> list[Rollout]:
+    """Three prompts that are worth sharing, and a short one, with one to five responses in any order."""
+    rng = random.Random(7)
+    prompts = [Prompt(str(n), "", tuple(rng.randrange(2, 41) for _ in range(n))) for n in (64, 70, 90, 3)]
+    order = [0, 1, 0, 2, 3, 0, 1, 2, 0, 1, 3, 0, 1]
+    ids = [[rng.randrange(2, 41) for _ in range(rng.randrange(1, 30))] for _ in order]
+    return [Rollout(prompts[p], r, [-3.7] * len(r), (), False, "") for p, r in zip(order, ids, strict=True)]
 
 
 def rollouts() -> list[Rollout]:
@@ -94,7 +110,7 @@ def gradients(case: dict[str, Any], folder: Path) -> dict[str, Tensor]:
     policy = make_policy(case, folder)
     critic = Critic(policy, backbone=case.get("backbone", "separate"), kind="linear")
     tokens = case.get("tokens", 10_000)
-    batch = pack(rollouts())
+    batch = pack(grouped_rollouts() if case.get("groups") else rollouts())
     generator = torch.Generator().manual_seed(1)
     parallel.assign(critic.head.weight.detach(), torch.randn(32, generator=generator, dtype=torch.float64))
     return_S = (torch.rand(len(batch), generator=generator) > 0.5).float()

@@ -4,7 +4,6 @@ import asyncio
 import socket
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager, suppress
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -94,14 +93,14 @@ def test_a_port_in_use_is_refused_with_its_number() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"rollout\.sglang\.port: port {port} is in use; choose another"):
-            check_can_start(replace(OPTIONS, port=port), 1)
+            check_can_start(1, port)
         with pytest.raises(UserError, match="is in use"):
-            check_can_start(replace(OPTIONS, port=port - 1), 2)
-    check_can_start(replace(OPTIONS, port=port), 1)
+            check_can_start(2, port - 1)
+    check_can_start(1, port)
 
 
 def test_without_a_port_there_is_nothing_to_be_in_use() -> None:
-    check_can_start(OPTIONS, 8)
+    check_can_start(8, None)
 
 
 def test_a_missing_sglang_is_said_with_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,13 +108,13 @@ def test_a_missing_sglang_is_said_with_how_to_get_it(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         UserError, match=r"sglang is not installed; run `make sglang-cpu`, or on GPUs `pip install sglang==0"
     ):
-        check_can_start(OPTIONS, 1)
+        check_can_start(1, None)
 
 
 def test_another_release_of_sglang_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "VERSION", "0.4.9")
     with pytest.raises(UserError, match=rf"sglang {VERSION} is installed, this engine works with 0\.4\.9; install"):
-        check_can_start(OPTIONS, 1)
+        check_can_start(1, None)
 
 
 @pytest.mark.parametrize(

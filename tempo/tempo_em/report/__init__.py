@@ -1,0 +1,1 @@
+"""`tempo-engine report`: run folders as one HTML page that needs nothing else."""
