@@ -42,7 +42,7 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
         loss = 0.0
         for part in micros:
             with autocast(case):
-                logprob_BT, _ = logprobs(policy, rows.part(part))
+                logprob_BT, _ = logprobs(policy, rows.part(part), with_entropy=False)
             loss_B = policy_loss(logprob_BT, old_logprob_BT[part], advantage_BT[part], rows.part(part))
             total = loss_B.sum() / case.num_rows
             total.backward()

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from tempo_em.throughput.turns import Facts, Turns
 from tempo_em.throughput.work import (
-    CLIP, CLIP_HIGH, CLIP_LOW, GROUP_EPS, LEARNING_RATE, MAX_GRAD_NORM, VALUE_CLIP, Case, label, reward,
+    CLIP,
+    CLIP_HIGH,
+    CLIP_LOW,
+    GROUP_EPS,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    VALUE_CLIP,
+    Case,
+    label,
+    reward,
 )  # fmt: skip
 
 
@@ -130,5 +139,6 @@ def moments(optimizer: Optimizer) -> dict[str, Tensor]:
     parts = {"trunk": "model", "head": "score"}  # of a critic, as AutoModelForTokenClassification calls them
     found = {name: parallel.whole(optimizer.adamw.state[p]["exp_avg"]) for name, p in optimizer.named.items()}
     return {
-        ".".join([parts.get(first, first), *rest]): x for (first, *rest), x in ((k.split("."), x) for k, x in found.items())
+        ".".join([parts.get(first, first), *rest]): x
+        for (first, *rest), x in ((k.split("."), x) for k, x in found.items())
     }

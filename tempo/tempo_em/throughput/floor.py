@@ -18,17 +18,16 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
         reward_GN = torch.tensor([reward(ids) for ids in responses], device=case.device).view(case.num_prompts, -1)
         centred_GN = reward_GN - reward_GN.mean(1, keepdim=True)
         advantage_B1 = (centred_GN / (reward_GN.std(1, keepdim=True) + GROUP_EPS)).view(-1, 1)
-        rows, loss, entropy = padded(case, responses), 0.0, 0.0
+        rows, loss = padded(case, responses), 0.0
         for part in parts(case):
             micro = rows.part(part)
             with autocast(case):
-                logprob_BT, entropy_BT = logprobs(model, micro)
+                logprob_BT, _ = logprobs(model, micro)
             ratio_BT = (logprob_BT - logprob_BT.detach()).exp()
             plain, clipped = (-advantage_B1[part] * r for r in (ratio_BT, ratio_BT.clamp(1 - CLIP, 1 + CLIP)))
             total = micro.mean(torch.maximum(plain, clipped)).sum() / case.num_rows
             total.backward()
             loss += total.item()
-            entropy += micro.mean(entropy_BT).sum().item() / case.num_rows
         norm = optimizer.step()
         lengths = list(map(len, responses))
         trained = rows.response_BT

@@ -31,12 +31,6 @@ def processors(case: Case) -> LogitsProcessorList:
     return LogitsProcessorList([Planned(case)])
 
 
-def given_rows(case: Case) -> Tensor:
-    """Prompts and planned responses as `generate` would return them, [B, L]."""
-    rows = [prompt + response for prompt, response in zip(case.row_prompts, case.given, strict=True)]
-    return rectangle(rows, case)
-
-
 def rectangle(rows: list[list[int]], case: Case) -> Tensor:
     tensors = [torch.tensor(row, device=case.device) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=case.pad_id)
@@ -92,7 +86,7 @@ def parts(case: Case) -> list[slice]:
     return [slice(start, start + size) for start in range(0, case.num_rows, size)]
 
 
-def logprobs(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
+def logprobs(model: Any, rows: Rows, *, with_entropy: bool = True) -> tuple[Tensor, Tensor | None]:
     """Log-prob and entropy of each response token, [B, T] each, from the logits of response positions; float32."""
     T = rows.response_BT.shape[1]
     logits = model(
@@ -100,8 +94,10 @@ def logprobs(model: Any, rows: Rows) -> tuple[Tensor, Tensor]:
     ).logits[:, :-1]  # fmt: skip
     logprobs_BTV = logits.float().log_softmax(-1)
     del logits
-    with torch.no_grad():
-        entropy_BT = -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
+    entropy_BT = None
+    if with_entropy:
+        with torch.no_grad():
+            entropy_BT = -(logprobs_BTV.exp() * logprobs_BTV).sum(-1)
     return logprobs_BTV.gather(-1, rows.ids_BL[:, -T:, None])[..., 0], entropy_BT
 
 

@@ -33,10 +33,15 @@ class Stack(NamedTuple):
         return importlib.import_module(f"tempo_em.throughput.{self.module}").run
 
 
-TRL_NOTE = "TRL also turns ids into text and back, counts clip ratios and shuffles rows"
+TRL_NOTE = "TRL also tokenizes its prompts, counts clip ratios and shuffles rows"
+AUTHORS_NOTE = (
+    "em_token written out on padded batches, not the authors' code; compared are the gradients of value loss and GSPO where values "
+    "and ratios have not moved yet"
+)
 STACKS = {
     "engine": Stack("engine"),
     "trl": Stack("trl", ("trl", "datasets"), "pip install 'tempo-engine[bench]'", note=TRL_NOTE),
+    "trl_vllm": Stack("trl_vllm", ("trl", "datasets", "vllm"), "it is for GPU nodes", needs_gpu=True, note=TRL_NOTE),
     "floor": Stack("floor", note="generate and a padded step by hand, no trainer"),
-    "authors": Stack("authors", note="em_token written out in PyTorch, padded; not the authors' code"),
+    "authors": Stack("authors", note=AUTHORS_NOTE),
 }

@@ -1,17 +1,17 @@
 """TRL's GRPOTrainer, set to the same work: `trainer.train()` runs, and waits between its steps.
 
-What it does beyond: it turns ids into text and back, counts metrics (clip ratios, reward statistics), and shuffles rows.
+What it does beyond: it tokenizes its prompts, counts metrics (clip ratios, reward statistics) and shuffles rows.
 """
 
 import importlib
 import tempfile
+from contextlib import suppress
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
-from tempo_em.throughput.plain import given_rows, processors
+from tempo_em.throughput.plain import processors
 from tempo_em.throughput.turns import Facts, Turns
 from tempo_em.throughput.work import CLIP, LEARNING_RATE, MAX_GRAD_NORM, Case, reward
 
@@ -26,22 +26,24 @@ class Enough(Exception):
     """No more turns."""
 
 
-def run(case: Case, turns: Turns, *, given: bool = False, **more: Any) -> dict[str, Tensor]:
-    """Steps until the turns end; returns AdamW's first moments by parameter. `more` are further settings of GRPOConfig."""
+def run(case: Case, turns: Turns, *, given: bool = False, model: Any = None, **more: Any) -> dict[str, Tensor]:
+    """Steps until the turns end; returns AdamW's first moments by parameter.
+
+    `model`: if not a fresh one of the case. `more`: further settings of GRPOConfig.
+    """
     texts = [" ".join(map(str, ids)) for ids in case.prompts]
+    model = model or case.load_model()
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             case, turns, given,
-            model=case.load_model(),
+            model=model,
             reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids],
             args=settings(case, folder, **more),
             train_dataset=datasets.Dataset.from_dict({"prompt": texts * MOST_STEPS}),
             processing_class=case.tokenizer(),
         )  # fmt: skip
-        try:
+        with suppress(Enough):
             trainer.train()
-        except Enough:
-            pass
     state = trainer.optimizer.state
     return {name: state[p]["exp_avg"] for name, p in trainer.model.named_parameters() if p in state}
 
@@ -74,27 +76,28 @@ class Trainer(trl.GRPOTrainer):
 
     def forget(self) -> None:
         """What the last step did."""
-        self.rows: list[tuple[Tensor, int]] = []
+        self.rows: list[tuple[Tensor, Tensor, Tensor]] = []
         self.generated, self.updates, self.loss, self.norm = 0, 0, 0.0, 0.0
 
-    def planned(self, *, input_ids: Tensor, **arguments: Any) -> Tensor:
-        """`generate`, every row to its planned length."""
-        if input_ids.tolist() != self.case.row_prompts:
-            raise RuntimeError("TRL asks for other rows than planned: each prompt's responses should follow each other")
-        with self.turns.generation():
-            if self.given:
-                ids_BL = given_rows(self.case)
-            else:
-                ids_BL = self.generate(input_ids=input_ids, logits_processor=processors(self.case), **arguments)
-        return ids_BL
-
-    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
-        self.generated += sum(map(len, completion_ids_list))
-        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+    def planned(self, **arguments: Any) -> Any:
+        """transformers' `generate`, every row to its planned length."""
+        return self.generate(**arguments, logits_processor=processors(self.case))
 
     def clipped(self, *arguments: Any, **more: Any) -> Any:
         self.norm = self.clip(*arguments, **more)
         return self.norm
+
+    def _generate_single_turn(self, prompt_ids: Any, *arguments: Any, **more: Any) -> Any:
+        if [list(ids) for ids in prompt_ids] != self.case.row_prompts:
+            raise RuntimeError("TRL asks for other rows than planned: each prompt's responses should follow each other")
+        with self.turns.generation():
+            if self.given:
+                return self.case.given, None
+            return super()._generate_single_turn(prompt_ids, *arguments, **more)
+
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> Any:
+        self.generated += sum(map(len, completion_ids_list))
+        return super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
         prompts, masks, responses = inputs["prompt_ids"], inputs["prompt_mask"], inputs["completion_mask"]

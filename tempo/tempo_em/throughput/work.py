@@ -27,9 +27,9 @@ CLIP_LOW, CLIP_HIGH, VALUE_CLIP = 3e-4, 5e-4, 0.1
 class Case:
     """One step, in fields that travel as JSON: Case("tiny", {"model_type": "qwen3", ...}, 4, 8, 32, [64] * 32).
 
-    `model` is a config of a fresh model, or a Hugging Face directory. `lengths` are the planned tokens of each response, the end of
-    sequence included, in order of rows: each prompt `group_size` times in a row. With method tempo the second half of the prompts is
-    labelled. A backward pass takes a `parts`-th of the rows, or as many tokens as these have when they are padded.
+    `model` is a config of a fresh model, or a Hugging Face directory. `lengths` are the planned tokens of each response, the end
+    of sequence included, in order of rows: each prompt `group_size` times in a row. With method tempo the second half of the
+    prompts is labelled. A backward pass takes a `parts`-th of the rows, or as many tokens as these have when they are padded.
     """
 
     name: str

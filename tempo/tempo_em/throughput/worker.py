@@ -1,8 +1,8 @@
 """One stack in a process of its own, started by measure.py. What it has to say are lines of JSON on standard output.
 
-    python -m tempo_em.throughput.worker steps STACK CASE           a step for each line "go" on standard input
-    python -m tempo_em.throughput.worker check STACK CASE FILE      one step on given responses; AdamW's first moments go into FILE
-    python -m tempo_em.throughput.worker memory STACK CASE          one step: {"peak_bytes"}
+    python -m tempo_em.throughput.worker steps STACK CASE          a step for each line "go" on standard input
+    python -m tempo_em.throughput.worker check STACK CASE FILE     one step on given responses; AdamW's first moments go into FILE
+    python -m tempo_em.throughput.worker look STACK CASE FILE      before that, one step as it comes: {"peak_bytes"}
 
 CASE is a JSON object of the fields of `Case`.
 """
@@ -38,8 +38,8 @@ def check(run: Run, case: Case, say: Say, path: Path) -> None:
 
 
 def memory(run: Run, case: Case, say: Say) -> None:
-    """The highest resident memory of a first step less that before it: caches, gradients, moments and all temporary tensors; not the
-    weights. A step of a tiny model went before: libraries load when they are first used. On a GPU, its allocator's peak."""
+    """The highest resident memory of a first step less that before it: caches, gradients, moments and all temporary tensors; not
+    the weights. A step of a tiny model went before: libraries load when they are first used. On a GPU, its allocator's peak."""
     model = {**case.model, **TINY} if isinstance(case.model, dict) else {"model_type": "llama", **TINY}
     tiny = replace(case, model=model, num_prompts=2, group_size=2, prompt_tokens=4, lengths=[3, 2, 3, 3], parts=1)
     run(tiny, Turns(["go"], lambda took: None))
@@ -99,6 +99,7 @@ def main(kind: str, stack: str, case_json: str, *more: str) -> None:
             check(run, case, say, Path(more[0]))
         else:
             memory(run, case, say)
+            check(run, case, say, Path(more[0]))
     except Exception as error:  # a stack may fail in any way; the others still count
         say({"error": f"{type(error).__name__}: {error}".partition("\n")[0]})
         raise
