@@ -61,6 +61,14 @@ def test_the_engine_has_the_gradients_of_the_authors_update_in_both_models() -> 
     assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
 
 
+def test_in_bfloat16_all_gradients_together_are_compared() -> None:
+    truth = {"a": torch.tensor([3.0, 4.0]), "b": torch.tensor([12.0])}  # a norm of 13
+    found = {"a": torch.tensor([3.0, 2.7]), "b": torch.tensor([12.0])}
+    assert measure.largest_difference(found, truth) == pytest.approx(0.26)
+    assert measure.whole_difference(found, truth) == pytest.approx(0.1)
+    assert measure.whole_difference({"a": truth["a"]}, truth) == float("inf")
+
+
 @pytest.mark.parametrize("method", ["grpo", "tempo"])
 def test_sampled_steps_do_the_planned_work_on_all_sides(method: Any) -> None:
     case = case_of(method=method)
@@ -170,11 +178,11 @@ def test_wrong_gradients_are_not_timed_and_ours_fail_the_command(tried: dict[str
     tried["trl"]["moments"] = {"w": wrong}
     code, output = bench("--case", "tiny")
     assert code == 0  # a peer's mistake is the peer's
-    assert "trl: wrong: a gradient is off by" in output
+    assert "trl: wrong: its gradients are off by" in output
     tried["engine"]["moments"] = {"w": wrong}
     code, output = bench("--case", "tiny")
     assert code == 1
-    assert "engine: wrong: a gradient is off by" in output
+    assert "engine: wrong: its gradients are off by" in output
     assert "37 (37" not in output
 
 
