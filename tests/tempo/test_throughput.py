@@ -2,20 +2,22 @@
 
 import io
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tempo_em.cli import app
-from tempo_em.throughput import authors, cases, engine, floor, measure, plain
-from tempo_em.throughput.process import Failed
+from tempo_em.throughput import authors, cases, engine, floor, measure, plain, worker
+from tempo_em.throughput.process import Failed, Process
 from tempo_em.throughput.report import table
 from tempo_em.throughput.stacks import STACKS, Stack
 from tempo_em.throughput.turns import Facts, Turns
 from tempo_em.throughput.work import Case, label, reward
+from tempo_engine.errors import UserError
 from typer.testing import CliRunner
 
 LENGTHS = [5, 3, 9, 2, 4, 7, 1, 6]
@@ -232,19 +234,31 @@ def test_the_table_colours_targets_that_are_met_and_missed() -> None:
 # --- The command -------------------------------------------------------------------------------------------------------------
 
 
-def test_one_real_case_in_processes_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(measure.CASES, "tiny", measure.CASES["tiny"]._replace(peers=("floor",)))
-    code, output = bench("--case", "tiny", "--quick", "--json", str(tmp_path / "rows.json"))
-    assert code == 0, output
-    (row,) = json.loads((tmp_path / "rows.json").read_text())["rows"]
-    assert row["checked"]
-    assert row["peak_bytes"] > 0
+def test_a_process_does_a_step_when_told_to_and_one_that_dies_is_noticed() -> None:
+    with Process("steps", "floor", case_of()) as one:
+        assert one.ask() == {"ready": "small"}
+        took = one.ask("go")
+        assert (took["generated"], took["updates"]) == (sum(LENGTHS), 1)
+        one.process.kill()
+        with pytest.raises(Failed):
+            one.ask("go")
 
 
-def test_a_worker_that_breaks_says_why() -> None:
-    case = case_of(model="no/such/model")
-    with pytest.raises(Failed, match="failed: UserError: no/such/model is not a Hugging Face model directory"):
-        measure.said("check", "engine", case, Path("unused"))
+def test_a_worker_measures_memory_and_leaves_its_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(worker, "say_nothing_else", lambda: told.append)
+    worker.main("look", "floor", json.dumps(asdict(case_of())), str(tmp_path / "moments"))
+    assert told[0]["peak_bytes"] > 0
+    assert "lm_head.weight" not in load_file(tmp_path / "moments")  # tied
+    assert "model.embed_tokens.weight" in load_file(tmp_path / "moments")
+
+
+def test_a_worker_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(worker, "say_nothing_else", lambda: told.append)
+    with pytest.raises(UserError):
+        worker.main("steps", "engine", json.dumps(asdict(case_of(model="no/such/model"))))
+    assert told[1]["error"].startswith("UserError: no/such/model is not a Hugging Face model directory")
 
 
 @pytest.mark.parametrize(

@@ -23,8 +23,8 @@ from tempo_em.throughput.stacks import STACKS
 from tempo_em.throughput.work import Case
 
 OURS = "engine"
-# Of the relative difference from a plain step's gradients in float32: of any parameter's; in bfloat16 of all of them together. There
-# every side is off, and in a model of 30 layers even the plain step's worst parameter by 0.2.
+# Of the relative difference from a plain step's gradients in float32: of any parameter's; in bfloat16 of all of them together.
+# There every side is off, and in a model of 30 layers even the plain step's worst parameter by 0.2.
 LIMITS = {"float32": 1e-5, "bfloat16": 0.1}
 ROUNDS = 5  # that count; one before them does not
 WORK = ("rows", "generated", "trained", "updates")
