@@ -15,7 +15,7 @@ import torch
 class Facts:
     """What a step did. `rows`: prompt and number of response tokens of each row that it trained on, in any order."""
 
-    rows: list[tuple[Sequence[int], int]]
+    rows: Sequence[tuple[Sequence[int], int]]
     generated: int  # response tokens sampled
     trained: int  # response tokens in the loss
     updates: int  # optimiser steps
