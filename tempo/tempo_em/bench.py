@@ -1,4 +1,5 @@
-"""`tempo-engine bench kernels`: time the kernels against their peers, or compile them for GPUs that are not here."""
+"""`tempo-engine bench kernels`: time the kernels against their peers, or compile them for GPUs that are not here.
+`tempo-engine bench throughput`: time whole RL steps against those of other stacks."""
 
 from pathlib import Path
 
@@ -29,6 +30,32 @@ def bench_kernels(cases: list[str], *, quick: bool, json_file: Path | None) -> b
     if json_file is not None:
         write_json(json_file, rows)
     return not any(row.note.startswith("ours:") for row in rows)
+
+
+def bench_throughput(names: list[str], *, quick: bool, json_file: Path | None) -> bool:
+    """Print one table of whole steps against each stack; whether ours computed what they should and all did equal work."""
+    from tempo_em.throughput.cases import CASES, missing
+    from tempo_em.throughput.measure import measure
+    from tempo_em.throughput.report import table, write_json
+
+    _check_writable(json_file)
+    for name in names:
+        if name not in CASES:
+            raise UserError(f"no case is called {name!r}; cases: {', '.join(CASES)}")
+        if missing(name):
+            raise UserError(missing(name))
+    console = _console()
+    rows = []
+    with console.status("measuring") as status:
+        for name in names or CASES:
+            if missing(name):
+                console.print(missing(name))
+            else:
+                rows += measure(name, quick=quick, progress=status.update)
+    console.print(table(rows))
+    if json_file is not None:
+        write_json(json_file, rows)
+    return all(row.is_ours_right for row in rows)
 
 
 def compile_report(targets: list[str], *, json_file: Path | None) -> bool:

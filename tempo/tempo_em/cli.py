@@ -184,7 +184,7 @@ def doctor(
     raise typer.Exit(doctor_command(recipe, settings or [], mismatch, iterations, json_file))
 
 
-bench = typer.Typer(help="Measure: the kernels against other libraries' kernels.", no_args_is_help=True)
+bench = typer.Typer(help="Measure: kernels against kernels, whole RL steps against other stacks.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
 
@@ -211,6 +211,23 @@ def kernels(
     from tempo_em.commands import bench_kernels_command
 
     raise typer.Exit(bench_kernels_command(is_compile, target or [], case or [], quick, json_file))
+
+
+@bench.command()
+def throughput(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(help="tiny, mixed, vocabulary, prompts, smollm2 or tempo; repeatable. Default: all."),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes, one round: checks all sides, says nothing about speed.")
+    ] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+) -> None:
+    """Time a whole RL step (sample, score, update) against other stacks, after checking that all do the same work."""
+    from tempo_em.commands import bench_throughput_command
+
+    raise typer.Exit(bench_throughput_command(case or [], quick, json_file))
 
 
 def main() -> None:

@@ -248,6 +248,13 @@ def bench_kernels_command(
 
 
 @_exit_codes
+def bench_throughput_command(cases: list[str], quick: bool, json_file: Path | None) -> int:
+    from tempo_em.bench import bench_throughput
+
+    return 0 if bench_throughput(cases, quick=quick, json_file=json_file) else 1
+
+
+@_exit_codes
 def export_command(
     run_dir: Path, target: Path, step: int | None, repository: str | None = None, private: bool = False
 ) -> None:
