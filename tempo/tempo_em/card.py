@@ -58,8 +58,13 @@ def _what(run: Run, step: int, digests: Mapping[str, str]) -> Iterator[str]:
     )
     yield '- `policy/`: the language model, `AutoModelForCausalLM.from_pretrained(REPOSITORY, subfolder="policy")`'
     if has_critic:
+        outcome = (
+            "from -1 (wrong) to 1 (right)"
+            if run.recipe.get("critic.target") == "plus_minus_one"
+            else "as a probability"
+        )
         yield (
-            "- `critic/`: V(x, y_<t), how likely a response is to end right, read before each of its tokens and after the last: "
+            f"- `critic/`: V(x, y_<t), whether a response will end right, {outcome}, read before each of its tokens and after the last: "
             "token classification with one label, or a trunk with `value_head.safetensors`"
         )
     yield (

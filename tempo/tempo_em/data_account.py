@@ -54,8 +54,9 @@ def check_unchanged(datasets: Mapping[str, Dataset], run_dir: Path) -> None:
     if not file.is_file():  # of before runs kept an account
         return
     before = json.loads(file.read_text(encoding="utf-8"))
-    for name, now in account(datasets).items():
-        for file_name, old, new in changes(before.get(name, {}).get("files", []), now.get("files", [])):
+    for name, dataset in datasets.items():
+        now = dataset.loaded.files if dataset.loaded else []
+        for file_name, old, new in changes(before.get(name, {}).get("files", []), now):
             raise UserError(
                 f"data.{name}: the data file {file_name} is not what it was when {run_dir} began ({old} then, {new} now); "
                 "put it back as it was, or begin a new run"

@@ -115,6 +115,17 @@ def resolve(
     return ResolvedRecipe(name, _with_absolute_paths(recipe, base, origin), origin)
 
 
+def with_newer_settings(saved: Any) -> Any:
+    """A recipe as a run saved it, and what recipes have learned to say since: it ran with the default of that.
+
+    Unchanged when it says something that recipes no longer do.
+    """
+    try:
+        return Recipe.model_validate(saved).model_dump(mode="json")
+    except ValidationError:
+        return saved
+
+
 def parse_setting(setting: str) -> tuple[str, Any]:
     """`a.b=c` -> ("a.b", value typed as YAML would type it, 1e-6 included). Raises UserError without `=`."""
     path, equals, text = setting.partition("=")

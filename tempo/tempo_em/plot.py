@@ -34,12 +34,20 @@ def plot_run(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> No
 
 
 def evaluation_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, Mapping[str, Any]]]:
-    """(EM iteration, row) of every evaluation from the loop's start on, out of the rows of metrics.jsonl."""
-    last = max((row["iteration"] for row in rows if row.get("stage") == "em"), default=0)
-    ends = {"start": 0, "final": last}
-    labelled = [(str(row["evaluation"]), row) for row in rows if row.get("evaluation", "base") != "base"]
-    points = [(ends[label] if label in ends else int(label.removeprefix("em/")), row) for label, row in labelled]
-    return sorted(points, key=lambda point: point[0])
+    """(EM iteration, row) of every evaluation from the loop's start on, out of the rows of metrics.jsonl.
+
+    A row of no known iteration is left out; of two rows of one evaluation the later one counts.
+    """
+    iterations = (row.get("iteration") for row in rows if row.get("stage") == "em")
+    last = max((i for i in iterations if isinstance(i, int)), default=0)
+    ends = {"start": "0", "final": str(last)}
+    points = {}
+    for row in rows:
+        label = str(row.get("evaluation", "base"))
+        after = ends.get(label, label.removeprefix("em/"))
+        if after.isascii() and after.isdigit():
+            points[label] = (int(after), row)
+    return sorted(points.values(), key=lambda point: point[0])
 
 
 def _metrics(points: Sequence[tuple[int, Mapping[str, Any]]], set_name: str) -> list[str]:

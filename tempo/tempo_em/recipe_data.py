@@ -1,5 +1,6 @@
 """`data` of a recipe: where questions come from."""
 
+from abc import abstractmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -39,14 +40,14 @@ class RowsSource(Strict):
     )
 
     @property
+    @abstractmethod
     def stated(self) -> Extractor:
         """Where a response states its answer."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def verified(self) -> VerifierRecipe:
         """Who says whether a response is right."""
-        raise NotImplementedError
 
     @field_validator("template")
     @classmethod

@@ -1,5 +1,6 @@
 """Generated questions in a recipe. A new generator is a class here and its line in TASKS; all else follows from that table."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
@@ -27,8 +28,8 @@ from tempo_em.recipe_base import Count, Positive, Strict
 class Task(Strict):
     """Settings of one generator. The first field names it: `generator: Literal["sums"]`."""
 
-    def make(self) -> Generator:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self) -> Generator: ...
 
 
 class SignsTask(Task):

@@ -12,11 +12,10 @@ from typing import IO, Any
 
 import torch
 import yaml
-from pydantic import ValidationError
 from tempo_engine import checkpoint, parallel
 from tempo_engine.errors import UserError
 
-from tempo_em.loading import ResolvedRecipe
+from tempo_em.loading import ResolvedRecipe, with_newer_settings
 from tempo_em.recipe import Recipe
 
 LOCK = ".lock"
@@ -68,20 +67,12 @@ def check_same_recipe(recipe: Recipe, run_dir: Path, matters: Callable[[str], bo
     file = run_dir / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{run_dir} is not a run folder: it has no recipe.yaml")
-    saved = _with_newer_settings(yaml.safe_load(file.read_text(encoding="utf-8")))
+    saved = with_newer_settings(yaml.safe_load(file.read_text(encoding="utf-8")))
     for path, before, now in _differences(saved, recipe.model_dump(mode="json")):
         if matters(path):
             raise UserError(
                 f"{run_dir} was started with {path} = {before!r}, the recipe now says {now!r}; make them agree"
             )
-
-
-def _with_newer_settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved recipe, and what recipes have learned to say since: it ran with the default of that."""
-    try:
-        return Recipe.model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # it says something that recipes no longer do: that is named
-        return saved
 
 
 def can_share_start(one: Recipe, other: Recipe) -> bool:

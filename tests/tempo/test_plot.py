@@ -18,6 +18,12 @@ def test_evaluations_are_placed_at_their_em_iteration() -> None:
     assert points == [(0, 0.2), (2, 0.3), (3, 0.4)]
 
 
+def test_rows_of_no_known_iteration_are_left_out_and_the_later_of_two_counts() -> None:
+    rows = [{"evaluation": "final"}, {"evaluation": "em/x"}, {"evaluation": "start"}, {"evaluation": "start", "a": 1}]
+    damaged = [{"stage": "em", "iteration": None}, {"stage": "em", "iteration": 3}, {"stage": "em"}]
+    assert evaluation_points([*rows, *damaged]) == [(0, rows[3]), (3, rows[0])]
+
+
 def test_a_plot_is_drawn_even_where_metrics_are_missing(tmp_path: Path) -> None:
     plot_run(ROWS, tmp_path / "curves.png", title="test")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

@@ -25,16 +25,14 @@ def canonical(answer: str) -> str:
 
 def boxed(response: str) -> str | None:
     r"""The content of the last balanced \boxed{...}, canonical; None without one."""
-    start = response.rfind("\\boxed{")
-    while start >= 0:
+    end = len(response)
+    while (start := response.rfind("\\boxed{", 0, end)) >= 0:
         depth = 0
-        for position in range(start + len("\\boxed"), len(response)):
+        for position in range(start + len("\\boxed"), end):
             depth += {"{": 1, "}": -1}.get(response[position], 0)
             if depth == 0:
                 return _checked(response[start + len("\\boxed{") : position])
-        # An unclosed box is no answer; an earlier one may be balanced, but only before this one.
-        response = response[:start]
-        start = response.rfind("\\boxed{")
+        end = start  # an unclosed box is no answer; an earlier one may be balanced, but only before this one
     return None
 
 

@@ -2,18 +2,16 @@
 
 import json
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 from tempo_engine.errors import UserError
 
-from tempo_em.loading import parse_yaml
-from tempo_em.recipe import Recipe
+from tempo_em.loading import parse_yaml, with_newer_settings
+from tempo_em.plot import evaluation_points
 
 Row = dict[str, Any]
 # Settings that change neither method nor data: runs that differ in them are runs of one recipe.
@@ -91,12 +89,11 @@ def read_run(folder: Path) -> Run:
         raise UserError(f"{folder} is not a run folder: it has no recipe.yaml")
     try:
         text = file.read_text(encoding="utf-8")
-        values = flat(_with_newer_settings(parse_yaml(text)))
+        values = flat(with_newer_settings(parse_yaml(text)))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     rows = json_lines(folder / "metrics.jsonl")
     iterations = [row for row in rows if row.get("stage") == "em"]
-    evaluations = {str(row["evaluation"]): row for row in rows if "evaluation" in row}
     summary = json_object(folder / "summary.json")
     origins = origins_of(text)
     written = max(path.stat().st_mtime for path in (file, folder / "metrics.jsonl") if path.exists())
@@ -107,32 +104,13 @@ def read_run(folder: Path) -> Run:
         environment=json_object(folder / "environment.json"),
         iterations=iterations,
         stages=[row for row in rows if "stage" in row and row["stage"] != "em"],
-        evaluations=placed(evaluations, iterations),
-        base=evaluations.get("base"),
+        evaluations=evaluation_points(rows),
+        base=next((row for row in reversed(rows) if row.get("evaluation") == "base"), None),
         samples=json_lines(folder / "samples.jsonl"),
         seconds=seconds if isinstance(seconds, dict) else {},
         is_finished=(folder / "summary.json").is_file(),
         written=datetime.fromtimestamp(written, UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
-
-
-def _with_newer_settings(saved: Any) -> Any:
-    """A saved recipe, and what recipes have learned to say since: it ran with the default of that."""
-    try:
-        return Recipe.model_validate(saved).model_dump(mode="json")
-    except ValidationError:  # it says something that recipes no longer do
-        return saved
-
-
-def placed(evaluations: Mapping[str, Row], iterations: list[Row]) -> list[tuple[int, Row]]:
-    """(EM iteration, row) of each evaluation of the loop: start, em/20, ..., final."""
-    last = max((round(number(row.get("iteration")) or 0) for row in iterations), default=0)
-    points = []
-    for label, row in evaluations.items():
-        after = {"start": "0", "final": str(last)}.get(label, label.removeprefix("em/"))
-        if after.isascii() and after.isdigit():
-            points.append((int(after), row))
-    return sorted(points, key=lambda point: point[0])
 
 
 def json_lines(path: Path) -> list[Row]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tempo_em.loading import load_recipe
-from tempo_em.report.runs import flat, groups, json_lines, names_of, number, origins_of, placed, read_run
+from tempo_em.report.runs import flat, groups, json_lines, names_of, number, origins_of, read_run
 from tempo_em.report.series import evaluated, over_seeds, ratio, thinned
 from tempo_engine.errors import UserError
 
@@ -73,11 +73,6 @@ def test_no_bytes_in_a_file_stop_its_reading(tmp_path_factory: pytest.TempPathFa
 def test_only_finite_numbers_count() -> None:
     values = [1, 0.5, True, None, "3", float("nan"), float("inf"), [1]]
     assert [number(value) for value in values] == [1.0, 0.5, *[None] * 6]
-
-
-def test_evaluations_lie_at_their_iteration_whatever_their_order() -> None:
-    rows = {"final": {"a": 1}, "start": {"a": 2}, "em/2": {"a": 3}, "base": {"a": 4}, "em/x": {}}
-    assert placed(rows, [{"iteration": 3}]) == [(0, {"a": 2}), (2, {"a": 3}), (3, {"a": 1})]
 
 
 def test_runs_that_differ_in_seeds_belong_together(write_run: WriteRun) -> None:
