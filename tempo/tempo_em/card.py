@@ -64,8 +64,9 @@ def _what(run: Run, step: int, digests: Mapping[str, str]) -> Iterator[str]:
             else "as a probability"
         )
         yield (
-            f"- `critic/`: V(x, y_<t), whether a response will end right, {outcome}, read before each of its tokens and after the last: "
-            "token classification with one label, or a trunk with `value_head.safetensors`"
+            f"- `critic/`: V(x, y_<t), whether a response will end right, {outcome}, "
+            "read before each of its tokens and after the last: token classification with one label, "
+            "or a trunk with `value_head.safetensors`"
         )
     yield (
         "\nTrained at test time by an EM scheme (TEMPO, [arXiv 2604.19295](https://arxiv.org/abs/2604.19295)) or a baseline of it: "
