@@ -59,17 +59,27 @@ def _policy_table(results: Results, task: str, arms: list[str]) -> str:
 
 def _critic_table(results: Results, task: str, arms: list[str]) -> str:
     columns = [f"{s}/{metric}" for s in SHOWN_SETS for metric in CRITIC]
-    rows = []
+
+    def values(points: list[Point]) -> list[str]:
+        return [_cell([p[c] for p in points]) if all(c in p for p in points) else "" for c in columns]
+
+    rows = [["start", *values([r.start for r in runs_of(results, task, arms[0]).values()]), *[""] * 4]]
     for arm in arms:
         cells = runs_of(results, task, arm).values()
-        values = [_cell([r.last[c] for r in cells]) if all(c in r.last for r in cells) else "" for c in columns]
         work = [
             sum(w) / len(cells)
             for w in zip(*((r.work.responses, r.work.tokens, r.work.seconds) for r in cells), strict=True)
         ]
-        rows.append([arm, *values, f"{work[0]:.0f}", f"{work[1] / 1000:.0f}k", f"{work[2]:.0f}"])
+        done = [f"{work[0]:.0f}", f"{work[1] / 1000:.0f}k", f"{work[2]:.0f}"]
+        rows.append([arm, *values([r.last for r in cells]), _alarms([r.alarm for r in cells]), *done])
     titles = [c.replace("critic/", "").replace("/", " ") for c in columns]
-    return _markdown(["critic", *titles, "responses", "tokens", "seconds"], rows)
+    return _markdown(["critic", *titles, "first alarm at", "responses", "tokens", "seconds"], rows)
+
+
+def _alarms(first: list[int | None]) -> str:
+    """At which iterations runs raised their first alarm: "12, 15 (2 of 3)"."""
+    raised = sorted(i for i in first if i is not None)
+    return f"{', '.join(map(str, raised))} ({len(raised)} of {len(first)})" if raised else "none"
 
 
 def _names(sample: Point, set_name: str) -> list[str]:
@@ -96,7 +106,7 @@ def to_json(comparison: Comparison, results: Results, facts: dict[str, Any]) -> 
     cells = [
         {
             "task": c.task, "base": c.base, "seed": c.seed, "arm": c.arm, "responses": r.work.responses,
-            "tokens": r.work.tokens, "at": r.at, "seconds": round(r.work.seconds, 1),
+            "tokens": r.work.tokens, "at": r.at, "alarm": r.alarm, "seconds": round(r.work.seconds, 1),
             "points": {i: {name: round(x, 5) for name, x in point.items()} for i, point in r.points.items()},
         }
         for c, r in sorted(results.items())

@@ -30,11 +30,13 @@ class Work:
 @dataclass(frozen=True)
 class Result:
     """Evaluations of one cell by EM iteration, 0 being the start: {40: {"unlabelled/mean@16": 0.41, ...}}. The table shows the one
-    at iteration `at`, by which the cell had done `work`."""
+    at iteration `at`, by which the cell had done `work`; `alarm`: the first iteration until then that raised one (tempo_em.alarms).
+    """
 
     points: dict[int, Point]
     at: int
     work: Work
+    alarm: int | None
 
     @property
     def start(self) -> Point:
@@ -97,7 +99,8 @@ def read_results(comparison: Comparison, out: Path) -> Results:
                 f"{out / cell.name} was not evaluated after {comparison.iterations} iterations; choose an evaluation.every "
                 "that divides them"
             )
-        found[cell] = Result(dict(sorted(points.items())), max(within), _work(rows, max(within)))
+        at = max(within)
+        found[cell] = Result(dict(sorted(points.items())), at, _work(rows, at), _first_alarm(rows, at))
     check_equal_work(comparison, found)
     return found
 
@@ -115,6 +118,12 @@ def _work(rows: Sequence[dict[str, Any]], iterations: int) -> Work:
         tokens=sum(round(row["tokens/generated"]) for row in em),
         seconds=sum(row["timing_s/step"] for row in em),
     )
+
+
+def _first_alarm(rows: Sequence[dict[str, Any]], iterations: int) -> int | None:
+    em = [row for row in rows if row.get("stage") == "em" and row["iteration"] <= iterations]
+    raised = [row["iteration"] for row in em if any(value for name, value in row.items() if name.startswith("alarm/"))]
+    return min(raised, default=None)
 
 
 def check_equal_work(comparison: Comparison, found: Results) -> None:

@@ -30,6 +30,7 @@ def write_cell(
     start: float = 0.2,
     tokens: int = 100,
     responses: int = 8,
+    alarms: tuple[int, ...] = (),
 ) -> None:
     """A cell's metrics.jsonl; the start is among the evaluations of the first arm only. One iteration before each evaluation."""
 
@@ -41,7 +42,7 @@ def write_cell(
     rows: list[dict[str, Any]] = [evaluation("start", start)] if arm == "tempo" else []
     for i, value in enumerate(accuracies, start=1):
         work = {"rollout/responses": responses, "tokens/generated": tokens, "timing_s/step": 1.5}
-        rows += [{"stage": "em", "iteration": i, **work}]
+        rows += [{"stage": "em", "iteration": i, "alarm/auroc": 0.0, "alarm/promise": float(i in alarms), **work}]
         rows += [evaluation("final" if i == len(accuracies) else f"em/{i}", value)]
     folder = out / Cell("signs", 0, arm, seed).name
     folder.mkdir(parents=True)
@@ -65,11 +66,22 @@ def test_last_and_best_are_those_up_to_the_tables_iteration(tmp_path: Path) -> N
         "| tempo |  | 0.400 [0.400, 0.400] | 0.500 [0.500, 0.500] |",
         "| ttrl | -0.300 [-0.300, -0.300] | 0.100 [0.100, 0.100] | 0.300 [0.300, 0.300] |",
     ]
-    critic = [line.split(" | ") for line in tables(COMPARISON, results).splitlines()[10:12]]
+    critic = [line.split(" | ") for line in tables(COMPARISON, results).splitlines()[10:13]]
     assert [(row[0], row[2], row[-3:]) for row in critic] == [
+        ("| start", "0.250 [0.250, 0.250]", ["", "", " |"]),
         ("| tempo", "0.250 [0.250, 0.250]", ["16", "0k", "3 |"]),
         ("| ttrl", "", ["16", "0k", "3 |"]),
     ]
+
+
+def test_the_first_alarm_up_to_the_tables_iteration_stands_beside_the_critic(tmp_path: Path) -> None:
+    for seed, alarms in ((0, (2, 3)), (1, (3,))):
+        write_cell(tmp_path, seed, "tempo", [0.5, 0.4, 0.9], alarms=alarms)
+        write_cell(tmp_path, seed, "ttrl", [0.3, 0.1])
+    results = read_results(COMPARISON, tmp_path)
+    assert [results[Cell("signs", 0, "tempo", seed)].alarm for seed in (0, 1)] == [2, None]
+    critic = [line.split(" | ") for line in tables(COMPARISON, results).splitlines()[11:13]]
+    assert [row[-4] for row in critic] == ["2 (1 of 2)", "none"]
 
 
 def test_an_arm_that_samples_more_in_an_iteration_is_read_earlier(tmp_path: Path) -> None:
