@@ -28,11 +28,16 @@ def tables(comparison: Comparison, results: Results) -> str:
         arms = comparison.arms_of(task)
         runs = len(task.bases) * len(task.seeds)
         parts.append(
-            f"**{name}** ({runs} runs each: {len(task.bases)} bases x {len(task.seeds)} seeds; after {comparison.iterations} "
+            f"**{name}** ({_count(runs, 'run')} each: {_count(len(task.bases), 'base')} x {_count(len(task.seeds), 'seed')}; "
+            f"after {comparison.iterations} "
             f"iterations; mean and 95% bootstrap interval over runs)\n"
         )
         parts += [_policy_table(results, name, arms), _critic_table(results, name, arms)]
     return "\n".join(parts)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _policy_table(results: Results, task: str, arms: list[str]) -> str:
