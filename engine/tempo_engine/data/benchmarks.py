@@ -1,7 +1,7 @@
 """Published benchmarks by name: where their rows lie, at which commit, under which licence, and what is asked how.
 
 The items themselves are never part of this package: they are fetched from the Hugging Face Hub when a run needs them. Commits were
-taken from public evaluation code; without one, the newest is taken, and recorded with the run.
+taken from public evaluation code and from the data sets' pages; without one, the newest is taken, and recorded with the run.
 """
 
 from collections.abc import Callable, Mapping
