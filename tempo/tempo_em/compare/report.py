@@ -19,6 +19,8 @@ SHOWN_SETS = ("unlabelled", "heldout")
 COLOURS = (
     "#0b6e99", "#d9730d", "#6940a5", "#0f7b6c", "#ad1a72", "#9b9a97", "#b8860b", "#e03e3e", "#37352f", "#5b8def",
 )  # fmt: skip
+# More arms than colours: the next ones have other markers.
+LOOKS = [(colour, marker) for marker in "os^" for colour in COLOURS]
 
 
 def tables(comparison: Comparison, results: Results) -> str:
@@ -151,11 +153,12 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
     figure.suptitle(comparison.title)
     for row, task in zip(axes, tasks, strict=True):
         for axis, (name, title) in zip(row, shown.items(), strict=True):
-            for (arm, colour), lines in _lines(comparison, results, task, name):
-                _draw(axis, lines, arm, colour, comparison.iterations)
+            for arm, look, lines in _lines(comparison, results, task, name):
+                _draw(axis, lines, arm, look, comparison.iterations)
             axis.set(title=f"{task}, {title}", xlabel="EM iteration")
             axis.grid(alpha=0.25)
-    lines = {str(line.get_label()): line for axis in axes.flat for line in axis.lines if line.get_marker() == "o"}
+    named = [(str(line.get_label()), line) for axis in axes.flat for line in axis.lines]
+    lines = {name: line for name, line in named if not name.startswith("_")}
     columns = -(-len(lines) // (20 * len(tasks)))
     figure.legend(lines.values(), lines.keys(), fontsize=7, loc="outside right upper", ncols=columns)
     figure.savefig(path, dpi=110)
@@ -164,20 +167,21 @@ def plot(comparison: Comparison, results: Results, path: Path) -> None:
 
 def _lines(
     comparison: Comparison, results: Results, task: str, name: str
-) -> Iterator[tuple[tuple[str, str], list[dict[int, float]]]]:
-    """(arm, colour) and, for each of its cells, iteration -> value; arms without the metric are left out."""
-    colours = dict(zip(comparison.arms, itertools.cycle(COLOURS), strict=False))  # an arm has one on all tasks
+) -> Iterator[tuple[str, tuple[str, str], list[dict[int, float]]]]:
+    """Arm, its colour and marker, and for each of its cells iteration -> value; arms without the metric are left out."""
+    looks = dict(zip(comparison.arms, itertools.cycle(LOOKS), strict=False))  # an arm has one on all tasks
     for arm in comparison.arms_of(comparison.tasks[task]):
         runs = sorted(runs_of(results, task, arm).items(), key=lambda run: iterations_of(comparison, run[0]))
         lines = [{i: p[name] for i, p in result.points.items() if name in p} for _, result in runs]
         if all(lines):
-            yield (arm, colours[arm]), lines
+            yield arm, looks[arm], lines
 
 
-def _draw(axis: Any, lines: list[dict[int, float]], arm: str, colour: str, iterations: int) -> None:
+def _draw(axis: Any, lines: list[dict[int, float]], arm: str, look: tuple[str, str], iterations: int) -> None:
+    colour, marker = look
     shared = sorted(i for i in set.intersection(*map(set, lines)) if i <= iterations)
     stats = np.array([interval([line[i] for line in lines]) for i in shared]).T
-    axis.plot(shared, stats[0], color=colour, label=arm, linewidth=2, marker="o", markersize=3)
+    axis.plot(shared, stats[0], color=colour, label=arm, linewidth=2, marker=marker, markersize=4)
     axis.fill_between(shared, stats[1], stats[2], color=colour, alpha=0.12, linewidth=0)
     for line in lines:
         beyond = [(i, y) for i, y in sorted(line.items()) if i >= iterations]
