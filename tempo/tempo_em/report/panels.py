@@ -1,6 +1,6 @@
 """The curves of a page: which metrics, of which sets or recipes, as small multiples."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -204,7 +204,7 @@ def promised(run: Run) -> Points:
     return {i: (v + 1) / 2 if is_signed else v for i, v in iterated(run, "critic/rewards/unlabelled").items()}
 
 
-def _bins(row: dict[str, object], set_name: str) -> list[tuple[float, float, float]]:
+def _bins(row: Mapping[str, object], set_name: str) -> list[tuple[float, float, float]]:
     found = row.get("reliability")
     bins = found.get(set_name) if isinstance(found, dict) else None
     rows = [[number(v) for v in b] for b in bins if isinstance(b, list)] if isinstance(bins, list) else []

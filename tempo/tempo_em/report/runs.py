@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,7 +45,7 @@ class Run:
     environment: Row
     iterations: list[Row]
     stages: list[Row]
-    evaluations: list[tuple[int, Row]]
+    evaluations: Sequence[tuple[int, Mapping[str, Any]]]
     base: Row | None
     samples: list[Row]
     seconds: Row
