@@ -111,8 +111,12 @@ def _plain_names(row: Mapping[str, Any]) -> Point:
     return {plain: row[name] for name, plain in names.items() if row[name] is not None}
 
 
+def _em_rows(rows: Sequence[dict[str, Any]], iterations: int) -> list[dict[str, Any]]:
+    return [row for row in rows if row.get("stage") == "em" and row["iteration"] <= iterations]
+
+
 def _work(rows: Sequence[dict[str, Any]], iterations: int) -> Work:
-    em = [row for row in rows if row.get("stage") == "em" and row["iteration"] <= iterations]
+    em = _em_rows(rows, iterations)
     return Work(
         responses=sum(round(row["rollout/responses"]) for row in em),
         tokens=sum(round(row["tokens/generated"]) for row in em),
@@ -121,9 +125,12 @@ def _work(rows: Sequence[dict[str, Any]], iterations: int) -> Work:
 
 
 def _first_alarm(rows: Sequence[dict[str, Any]], iterations: int) -> int | None:
-    em = [row for row in rows if row.get("stage") == "em" and row["iteration"] <= iterations]
-    raised = [row["iteration"] for row in em if any(value for name, value in row.items() if name.startswith("alarm/"))]
-    return min(raised, default=None)
+    alarmed = [
+        row["iteration"]
+        for row in _em_rows(rows, iterations)
+        if any(value for name, value in row.items() if name.startswith("alarm/"))
+    ]
+    return min(alarmed, default=None)
 
 
 def check_equal_work(comparison: Comparison, found: Results) -> None:

@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, list
 def test_the_table_goes_between_its_marks_and_beside_every_number(finished: tuple[Path, Path, list[str]]) -> None:
     path, out, said = finished
     page = (path.parent / "page.md").read_text()
-    assert page.startswith("before\n<!-- mini: begin -->\n**signs** (2 runs each: 1 bases x 2 seeds")
+    assert page.startswith("before\n<!-- mini: begin -->\n**signs** (2 runs each: 1 base x 2 seeds")
     assert page.endswith("![curves](figures/mini.png)\n<!-- mini: end -->\nafter\n")
     assert (path.parent / "figures/mini.png").is_file()
     assert "| ttrl |" in page
