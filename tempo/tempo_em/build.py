@@ -290,20 +290,29 @@ def _critic_steps(recipe: Recipe) -> int:
 
 
 def _cold_start(recipe: Recipe, datasets: dict[str, Dataset], loop: EMLoop, tokenizer: Any) -> ColdStart | None:
-    how, labelled = recipe.cold_start, datasets["labelled"]
+    how = recipe.cold_start
     if not how.steps:
         return None
-    if labelled.generator is None:
+    generator = how.task.make() if how.task else datasets["labelled"].generator
+    if generator is None:
         raise UserError(
-            "cold_start.steps needs worked responses, which only generators write; data.labelled is a file, set steps to 0"
+            "cold_start.steps needs worked responses, which only generators write; data.labelled is a file: set cold_start.task "
+            "or set steps to 0"
         )
-    unknown = set(how.mix) - set(labelled.generator.trace_kinds)
+    unknown = set(how.mix) - set(generator.trace_kinds)
     if unknown:
-        kinds = ", ".join(labelled.generator.trace_kinds)
+        kinds = ", ".join(generator.trace_kinds)
         raise UserError(f"cold_start.mix has {', '.join(sorted(unknown))}; this generator writes {kinds}")
+    words = generator.vocabulary() or []
+    strange = [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]
+    if strange:
+        raise UserError(
+            f"cold_start.task has words that the tokenizer of data's questions does not know, such as {strange[0]!r}; choose a "
+            "task of the same words"
+        )
     optimizer = _optimizer(loop.policy.parameters(), how.optim, how.steps)
     not_to_be_seen = frozenset(q.id for name, d in datasets.items() if name != "labelled" for q in d.questions)
-    cold_start = ColdStart(recipe, labelled.generator, tokenizer, loop.policy, optimizer, not_to_be_seen)
+    cold_start = ColdStart(recipe, generator, tokenizer, loop.policy, optimizer, not_to_be_seen)
     longest = int(cold_start.batch(0).response_length_S.max())
     if longest > recipe.rollout.max_new_tokens:
         raise UserError(

@@ -176,13 +176,14 @@ def _with_absolute_paths(recipe: Recipe, base: Path, origin: dict[str, str]) -> 
 def _explain(error: ErrorDetails) -> str:
     """One sentence for one pydantic error: the full path, what is wrong, and for unknown keys the nearest and the valid ones."""
     loc = [str(part) for part in error["loc"]]
-    # pydantic puts the union's tag into the location, after a source's name or its number in a mix; the user never wrote it.
+    # pydantic puts the union's tag into the location, after a source's (or cold_start.task's) name or its number in a mix; the user
+    # never wrote it.
     first = 3 if loc[1:2] == ["evaluation"] else 2
     after_name = {*GENERATORS, *ROWS_TAGS}
     loc = [
         part
         for i, part in enumerate(loc)
-        if loc[0] != "data"
+        if loc[0] not in ("data", "cold_start")
         or not ((i == first and part in after_name) or (i > first and loc[i - 2] == "of" and part in GENERATORS))
     ]
     path = ".".join(loc)

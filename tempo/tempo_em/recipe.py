@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from tempo_em.recipe_base import Count, Decay, NoiseRate, Positive, Probability, Strict
 from tempo_em.recipe_data import DataRecipe
+from tempo_em.recipe_generated import AnyTask
 from tempo_em.recipe_rollout import RolloutRecipe
 
 Posterior = Literal["label", "critic", "frozen_critic", "majority_vote", "cluster_frequency", "oracle", "random"]
@@ -137,9 +138,14 @@ class CriticRecipe(Strict):
 
 
 class ColdStartRecipe(Strict):
-    """Supervised steps on worked responses written by the labelled generator. 0 steps: none."""
+    """Supervised steps on worked responses written by a generator. 0 steps: none."""
 
     steps: Count = 0
+    task: AnyTask | None = Field(
+        default=None,
+        description="the generator with its settings, without count; none: that of data.labelled. A wider one makes a policy that "
+        "can do what no label covers",
+    )
     batch_size: Positive = 128
     mix: dict[str, Probability] = Field(default={"right": 1.0}, description="share of each kind of trace")
     optim: OptimRecipe = OptimRecipe(lr=1e-3, schedule="linear")

@@ -243,4 +243,11 @@ def _source(task: type[Task]) -> type[GeneratedSource]:
     return source
 
 
-GENERATORS = {name: _source(task) for name, task in {**TASKS, "mix": MixTask}.items()}
+_ALL_TASKS: dict[str, type[Task]] = {**TASKS, "mix": MixTask}
+
+if TYPE_CHECKING:
+    AnyTask = Task
+else:
+    AnyTask = Annotated[one_of(_ALL_TASKS), Field(discriminator="generator")]
+
+GENERATORS = {name: _source(task) for name, task in _ALL_TASKS.items()}
