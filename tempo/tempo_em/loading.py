@@ -192,10 +192,10 @@ def _explain(error: ErrorDetails) -> str:
         parent = ".".join(loc[:-1])
         return f"{path} is not an option{_closest(loc[-1], choices)}; {parent or 'a recipe'} takes {', '.join(choices)}"
     if error["type"] == "union_tag_invalid":
-        # The parts of a mix are generators, but no mixes or files.
-        known, is_part = error.get("ctx", {}).get("expected_tags", ""), loc[-2:-1] == ["of"]
+        # Only sources may be files; the parts of a mix are no mixes either.
+        known = error.get("ctx", {}).get("expected_tags", "")
         names = ", ".join(name for name in GENERATORS if f"'{name}'" in known)
-        rows = "" if is_part else " (or give jsonl: FILE, parquet: FILE, hub: ORG/NAME or dataset: NAME)"
+        rows = " (or give jsonl: FILE, parquet: FILE, hub: ORG/NAME or dataset: NAME)" if "'jsonl'" in known else ""
         return f"{path}: the generator is not known; generators: {names}{rows}"
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "missing":

@@ -227,6 +227,10 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
             {"rollout": {"max_prompt_tokens": 8, "max_new_tokens": 8, "stop": ["\n"]}},
             "rollout.stop takes texts that are one token each, '\\n' is not",
         ),
+        "words of another task": (
+            {"cold_start": {"steps": 5, "task": {"generator": "sums"}}},
+            "cold_start.task has words that the tokenizer of data's questions does not know",
+        ),
         "trace kind": ({"cold_start": {"steps": 5, "mix": {"wrong": 1.0}}}, "this generator writes right, miss, fudge"),
     }
 

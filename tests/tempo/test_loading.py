@@ -133,6 +133,7 @@ def test_values_out_of_range_are_refused_by_their_path(setting: str, place: str)
         (["data.evaluation={a/b: {generator: sums, count: 3}}"], "pattern"),
         (["method=[a]"], "not known"),
         (["cold_start.mix={right: 0.5}"], "add up to 1"),
+        (["cold_start.task={generator: signs, count: 5}"], "cold_start.task takes generator, terms, largest, unique"),
     ],
 )
 def test_contradictions_are_refused_with_the_reason(settings: list[str], reason: str) -> None:
