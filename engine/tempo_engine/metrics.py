@@ -51,6 +51,13 @@ def auroc(score_N: np.ndarray, correct_N: np.ndarray) -> float:
     return float((rank_N[correct_N > 0.5].sum() - num_right * (num_right + 1) / 2) / (num_right * num_wrong))
 
 
+def correlation(first_N: np.ndarray, second_N: np.ndarray) -> float:
+    """Pearson's, between -1 and 1; NaN where one of them is the same number throughout."""
+    if len(first_N) == 0 or np.ptp(first_N) == 0 or np.ptp(second_N) == 0:
+        return float("nan")
+    return float(np.corrcoef(first_N, second_N)[0, 1])
+
+
 def auroc_within(score_PK: np.ndarray, correct_PK: np.ndarray) -> float:
     """AUROC among the samples of one prompt, mean over the prompts that have both kinds: what an advantage needs."""
     each = [auroc(scores, correct) for scores, correct in zip(score_PK, correct_PK, strict=True)]

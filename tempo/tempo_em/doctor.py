@@ -11,7 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import torch
 from tempo_engine.divergence import (
     TOLERANCES,
     Layer,
@@ -182,8 +181,7 @@ def _explained(tolerance: Tolerance, dtype: str) -> str:
 
 def _update(loop: EMLoop, stage: Stage, sampled: Sampled, scored: Scored, iteration: int) -> None:
     """Both steps, as in an iteration of a run; the next one begins with a sync of the weights."""
-    key, reward_S = f"{stage.name}/{iteration}", torch.tensor(sampled.rewards)
-    loop.e_step(sampled.labelled, reward_S, key)
+    loop.e_step(sampled, key := f"{stage.name}/{iteration}")
     loop.m_step(stage, scored, sampled, key)
 
 

@@ -33,6 +33,7 @@ from tempo_em.asking import Asking, without_stale_groups
 from tempo_em.cadence import AUROC, BRIER, Cadence, Decision
 from tempo_em.posteriors import Oracle
 from tempo_em.recipe import Recipe
+from tempo_em.transfer import Transfer
 from tempo_em.waiting import Sampled, Waiting
 
 
@@ -111,11 +112,11 @@ class EMLoop:
         decision = self.decide(stage, labelled, reward_S, iteration)
         metrics |= scored.metrics | decision.metrics
         if decision.recalibrates and self.recipe.em.order == "e_then_m":
-            metrics |= self.e_step(labelled, reward_S, key)
+            metrics |= self.e_step(sampled, key)
         if stage.improves_policy and not decision.waits:
             metrics |= self.m_step(stage, scored, sampled, key)
         if decision.recalibrates and self.recipe.em.order == "lagged":
-            metrics |= self.e_step(labelled, reward_S, key)
+            metrics |= self.e_step(sampled, key)
         return metrics
 
     # --- Rollouts ---
@@ -233,22 +234,26 @@ class EMLoop:
         if self.critic is None or not labelled:
             return {}
         with self.clock.time("e_step"):
-            batch = pack(labelled, self.policy.device)
-            terminal_S = self.critic.terminal_values(self.values(batch), batch).cpu()
+            terminal_S = self.terminal_values(labelled).cpu()
         found = {AUROC: auroc(terminal_S.numpy(), reward_S.numpy())}
         if with_brier:
             low, high = self.recipe.critic.target_range
             found[BRIER] = brier(((terminal_S - low) / (high - low)).clamp(0, 1).numpy(), reward_S.numpy())
         return found
 
-    def e_step(self, labelled: list[Rollout], reward_S: Tensor, key: str) -> dict[str, float]:
-        """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy."""
+    def e_step(self, sampled: Sampled, key: str) -> dict[str, float]:
+        """Recalibrate: fit the critic to the verified outcomes of fresh responses from the current policy. Metrics say how much
+        of its judgement of unlabelled responses it kept."""
+        labelled, unlabelled = sampled.labelled, sampled.unlabelled
         if self.critic is None or self.critic_optimizer is None or not labelled:
             return {}
+        looks = bool(unlabelled) and self.recipe.alarms.transfer_gap is not None
         with self.clock.time("e_step"):
-            batch = pack(labelled, self.policy.device)
-            return_S, seed = self.label_outcome(reward_S).to(self.policy.device), self.seed(key, "critic")
+            transfer = Transfer(self.terminal_values, labelled, unlabelled) if looks else None
+            batch, seed = pack(labelled, self.policy.device), self.seed(key, "critic")
+            return_S = self.label_outcome(torch.tensor(sampled.rewards)).to(self.policy.device)
             metrics = fit_critic(self.critic, self.critic_optimizer, batch, return_S, self.critic_update, seed=seed)
+            metrics |= transfer.metrics() if transfer else {}
         return metrics | {
             "critic/skipped_steps": self.critic_optimizer.num_skipped,
             "tokens/trained_critic": self.critic_update.epochs * int(batch.cu_responses_S1[-1]),
@@ -314,6 +319,12 @@ class EMLoop:
     def values(self, batch: PackedBatch) -> Tensor:
         assert self.critic is not None
         return self.critic.values(batch, self.recipe.micro_batch_tokens)
+
+    def terminal_values(self, rollouts: Sequence[Rollout]) -> Tensor:
+        """What the critic makes of whole responses, [S]."""
+        assert self.critic is not None
+        batch = pack(rollouts, self.policy.device)
+        return self.critic.terminal_values(self.values(batch), batch)
 
     def to_target(self, reward_S: Tensor) -> Tensor:
         """Rewards in {0, 1} on the scale the critic regresses on."""

@@ -9,6 +9,7 @@ from tempo_em.alarms import ACCURACY, PROMISE, Alarms
 from tempo_em.cadence import AUROC
 from tempo_em.recipe import AlarmsRecipe
 from tempo_em.train import Training
+from tempo_em.transfer import KEPT_LABELLED, KEPT_UNLABELLED
 
 TWO = AlarmsRecipe(window=2, auroc_drop=0.1, accuracy_drop=0.1, promise_gap=0.2)
 
@@ -38,10 +39,24 @@ def test_promises_that_rise_faster_than_verified_accuracy_are_an_alarm() -> None
     assert found[3][1] == ["critic/rewards/unlabelled has risen by 0.400, critic/score/mean by 0.100"]
 
 
+def test_e_steps_that_shuffle_only_what_no_label_covers_are_an_alarm() -> None:
+    alarms = Alarms(AlarmsRecipe(window=2, transfer_gap=0.2))
+    # Means of two gaps:  0, .2, .3: an E-step that moves both alike (.5, .5) is none of its business.
+    rows = [(0.9, 0.9), (0.5, 0.5), (0.9, 0.5), (0.9, 0.7)]
+    found = [alarms.look({KEPT_LABELLED: labelled, KEPT_UNLABELLED: unlabelled}) for labelled, unlabelled in rows]
+    assert [metrics.get("alarm/transfer") for metrics, _ in found] == [None, 0, 0, 1]
+    assert found[3][1] == [
+        "labels do not reach the unlabelled questions: critic/kept_unlabelled is 0.600, critic/kept_labelled 0.900"
+    ]
+
+
 def test_what_is_not_defined_is_passed_over_and_what_is_off_stays_silent() -> None:
     assert raised(Alarms(TWO), AUROC, [1.0, float("nan"), None, 1.0, 0.5, 0.5]) == [None, None, None, 0, 1, 1]
-    off = Alarms(AlarmsRecipe(window=1, auroc_drop=None, accuracy_drop=None, promise_gap=None))
-    assert [off.look({AUROC: value, ACCURACY: value, PROMISE: 1 - value}) for value in (1.0, 0.0)] == [({}, [])] * 2
+    off = Alarms(AlarmsRecipe(window=1, auroc_drop=None, accuracy_drop=None, promise_gap=None, transfer_gap=None))
+    assert [
+        off.look({AUROC: value, ACCURACY: value, PROMISE: 1 - value, KEPT_LABELLED: 1.0, KEPT_UNLABELLED: value})
+        for value in (1.0, 0.0)
+    ] == [({}, [])] * 2
 
 
 def test_a_run_logs_its_alarms_and_a_resumed_one_remembers(prepare: Callable[..., Training]) -> None:

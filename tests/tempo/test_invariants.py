@@ -150,7 +150,7 @@ def test_the_critic_learns_nothing_without_labelled_rows(prepare: Train) -> None
     loop = prepare("estep.optim.weight_decay=0.1").loop
     assert loop.critic is not None
     before = [p.detach().clone() for _, p in loop.critic.parameters()]
-    assert loop.e_step([], torch.empty(0), "em/0") == {}
+    assert loop.e_step(Sampled([], [], None, [], 0, 0, {}), "em/0") == {}
     assert all(torch.equal(a, b) for a, (_, b) in zip(before, loop.critic.parameters(), strict=True))
 
 

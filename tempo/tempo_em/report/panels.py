@@ -141,12 +141,15 @@ class Panels:
             both = self.draw("Labelled accuracy", "verified responses that are right", accuracy, SHARE)
             both += self.draw("Promised", "outcomes given to unlabelled responses", promise, SHARE)
         fresh = self.by_group(lambda run: iterated(run, "critic/auroc_fresh"), "fresh AUROC")
+        kept = self.by_group(lambda run: iterated(run, transfer_gap), "gap")
         entropy = self.by_group(lambda run: iterated(run, "actor/entropy"), "entropy")
         norm = self.by_group(lambda run: iterated(run, "actor/grad_norm"), "policy")
         return [
             *both,
             *self.draw("Critic on fresh labels", "AUROC before it is fitted to them", fresh, Axis(high=1.0),
                        shaded=on.get("auroc", [])),
+            *self.draw("Transfer", "how much less an E-step keeps of the judgement of unlabelled responses", kept, Axis(low=0.0),
+                       shaded=on.get("transfer", [])),
             *self.draw("Entropy in training", "nats a token", entropy, PLAIN),
             *self.draw("Gradient norm", "of the policy, before clipping", norm, Axis(low=0.0)),
         ]  # fmt: skip
@@ -202,6 +205,12 @@ def promised(run: Run) -> Points:
     """Mean outcome of unlabelled responses as a probability."""
     is_signed = run.recipe.get("critic.target") == "plus_minus_one"
     return {i: (v + 1) / 2 if is_signed else v for i, v in iterated(run, "critic/rewards/unlabelled").items()}
+
+
+def transfer_gap(row: Mapping[str, object]) -> float | None:
+    """How much more an E-step kept of the critic's judgement of labelled responses than of unlabelled ones."""
+    labelled, unlabelled = (number(row.get(f"critic/kept_{kind}")) for kind in ("labelled", "unlabelled"))
+    return None if labelled is None or unlabelled is None else labelled - unlabelled
 
 
 def _bins(row: Mapping[str, object], set_name: str) -> list[tuple[float, float, float]]:
