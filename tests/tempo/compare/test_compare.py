@@ -89,7 +89,10 @@ def test_what_is_finished_is_not_run_again_and_what_is_missing_is(finished: tupl
 
 def test_a_cell_that_fails_is_named_and_the_others_are_run(tmp_path: Path) -> None:
     path = tmp_path / "mini.yaml"
-    path.write_text(MINIATURE.replace("seeds: [0, 1]", "seeds: [0]"))
+    two_arms = MINIATURE.replace("seeds: [0, 1]", "seeds: [0]\n    arms: [tempo, ttrl]").replace(
+        "iterations: 3", "iterations: 2"
+    )
+    path.write_text(two_arms)
     out = tmp_path / "runs"
     (out / "signs/base0/seed0/ttrl").mkdir(parents=True)
     (out / "signs/base0/seed0/ttrl/recipe.yaml").write_text("seed: 5")
@@ -121,11 +124,11 @@ def is_running(cell: Path) -> bool:
 @pytest.mark.parametrize("name", packaged("comparisons"))
 def test_every_packaged_comparison_can_be_run(name: str) -> None:
     _, comparison = load_comparison(name)
-    cells = all_cells(comparison)
-    assert len({cell.name for cell in (*cells, *starts_of(comparison))}) == len(cells) + len(starts_of(comparison))
+    cells, starts = all_cells(comparison), starts_of(comparison)
+    assert len({cell.name for cell in (*cells, *starts)}) == len(cells) + len(starts)
     for cell in cells:
         start = begins_at(comparison, cell)
-        assert start in starts_of(comparison) or cells.index(start) < cells.index(cell)  # pyright: ignore[reportArgumentType]
+        assert start in starts or cells.index(start) < cells.index(cell)  # pyright: ignore[reportArgumentType]
         every = next((s for s in command(comparison, cell, Path()) if s.startswith("--set=evaluation.every=")), "=20")
         assert comparison.iterations % (int(every.rsplit("=", 1)[1]) or iterations_of(comparison, cell)) == 0
 
