@@ -305,7 +305,7 @@ class AlarmsRecipe(Strict):
         description="outcomes of unlabelled responses have risen by so much more than labelled accuracy since the loop began",
     )
     transfer_gap: float | None = Field(
-        default=0.15,
+        default=0.2,
         gt=0,
         description="E-steps change the critic's judgement of unlabelled responses by so much more than that of labelled ones: its "
         "values before and after correlate by so much less; null also spares the measurement",
