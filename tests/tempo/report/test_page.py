@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tempo_em.report.command import report
 from tempo_em.report.page import render
+from tempo_em.report.panels import Compared, Panels
 from tempo_em.report.runs import read_run
 from tempo_em.report.timing import duration, totals
 from tempo_em.report.verdict import alarm_stretches, measures, sentence, sentence_of_many
@@ -145,6 +146,17 @@ def test_alarms_are_told_with_their_stretches(write_run: WriteRun) -> None:
     assert alarm_stretches(run) == {"auroc": [(2, 2)]}
     silent = read_run(write_run("b", rows=[]))
     assert "alarms were not recorded" in sentence([silent], "tempo")
+
+
+def test_what_e_steps_keep_is_shown_as_a_gap_with_its_alarm(write_run: WriteRun) -> None:
+    kept = {"critic/kept_labelled": 0.9, "critic/kept_unlabelled": 0.6, "alarm/transfer": 1.0}
+    undefined = kept | {"critic/kept_unlabelled": None}
+    run = read_run(
+        write_run("a", rows=[{"stage": "em", "iteration": i, **row} for i, row in ((5, kept), (6, undefined))])
+    )
+    panel = next(panel for panel in Panels([Compared("a", "tempo", [run])]).signs() if panel.title == "Transfer")
+    assert panel.curves[0].points == [(5, pytest.approx(0.3))]
+    assert alarm_stretches(run) == {"transfer": [(5, 6)]}
 
 
 def test_seeds_are_averaged_and_recipes_are_ranked(write_run: WriteRun) -> None:
