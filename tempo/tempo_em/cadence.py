@@ -12,6 +12,7 @@ from tempo_engine.rollout import Rollout
 from tempo_kernels.segments import segment_lengths
 
 from tempo_em.recipe import EStepRecipe, GateRecipe
+from tempo_em.transfer import spread
 
 AUROC, BRIER, KL = "critic/auroc_fresh", "critic/brier_fresh", "critic/kl_since_e_step"
 
@@ -86,7 +87,7 @@ class Cadence:
         """Remember what the policy thinks of some responses at this E-step."""
         if self.estep.adaptive.kl_budget is None or not labelled:
             return
-        some = labelled[:: math.ceil(len(labelled) / self.estep.adaptive.kl_responses)]
+        some = spread(labelled, self.estep.adaptive.kl_responses)
         batch = pack(some, policy.device)
         logprobs = policy.token_logprobs(batch, max_tokens).split(segment_lengths(batch.cu_responses_S1).tolist())
         self.anchor = [replace(r, logprobs=x.tolist()) for r, x in zip(some, logprobs, strict=True)]

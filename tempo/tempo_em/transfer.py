@@ -26,7 +26,7 @@ class Transfer:
         self, judge: Callable[[Sequence[Rollout]], Tensor], labelled: Sequence[Rollout], unlabelled: Sequence[Rollout]
     ) -> None:
         self._judge = judge
-        self._labelled, self._unlabelled = spread(labelled), spread(unlabelled)
+        self._labelled, self._unlabelled = spread(labelled, MOST), spread(unlabelled, MOST)
         self._before_S = self._judged()
 
     def metrics(self) -> dict[str, float]:
@@ -43,6 +43,6 @@ class Transfer:
         return self._judge([*self._labelled, *self._unlabelled]).double().cpu()
 
 
-def spread(rollouts: Sequence[Rollout]) -> Sequence[Rollout]:
-    """At most MOST of them, from everywhere: of as many questions as possible."""
-    return rollouts[:: -(-len(rollouts) // MOST)] if rollouts else []
+def spread(rollouts: Sequence[Rollout], most: int) -> Sequence[Rollout]:
+    """At most so many of them, from everywhere: of as many questions as possible."""
+    return rollouts[:: -(-len(rollouts) // most)] if rollouts else []

@@ -11,6 +11,7 @@ from tempo_engine.metrics import (
     auroc,
     auroc_within,
     brier,
+    correlation,
     distinct_answers,
     expected_calibration_error,
     majority_at_k,
@@ -140,6 +141,16 @@ def test_auroc_within_leaves_unanimous_prompts_out():
 
 def test_auroc_within_is_nan_when_every_prompt_is_unanimous():
     assert math.isnan(auroc_within(np.zeros((2, 3)), np.array([[1, 1, 1], [0, 0, 0]])))
+
+
+def test_a_correlation_is_pearsons():
+    a, b = np.array([0.0, 1.0, 2.0]), np.array([0.0, 1.0, 5.0])
+    assert correlation(a, b) == pytest.approx(5 / math.sqrt(2 * 14))  # of deviations (-1, 0, 1) and (-2, -1, 3)
+
+
+@pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.5]])
+def test_what_does_not_vary_has_no_correlation(values: list[float]):
+    assert math.isnan(correlation(np.array(values), np.arange(float(len(values)))))
 
 
 def test_brier_by_hand():

@@ -98,7 +98,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert summaries[0]["tokens"] == summaries[1]["tokens"]
 
 
-def test_two_ranks_killed_at_six_random_points_end_with_the_same_bits(tmp_path: Path) -> None:
+def test_two_ranks_killed_at_ten_random_points_end_with_the_same_bits(tmp_path: Path) -> None:
     """Some of the points are between generation and update, some in the middle of a save, the others anywhere."""
     whole, run_dir = tmp_path / "whole", tmp_path / "run"
     finish(whole, *ON_TWO_RANKS)
@@ -114,7 +114,7 @@ def test_two_ranks_killed_at_six_random_points_end_with_the_same_bits(tmp_path: 
     def somewhere() -> bool:
         return newest_step(run_dir) > before
 
-    points = [just_sampled] * 2 + [in_a_save] * 2 + [somewhere] * 2
+    points = [just_sampled] * 3 + [in_a_save] * 3 + [somewhere] * 4
     rng.shuffle(points)
     for point in [somewhere, *points[1:]]:  # the first start has nothing to resume
         begun, before = time.time_ns(), newest_step(run_dir)
