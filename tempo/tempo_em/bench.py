@@ -1,11 +1,17 @@
 """`tempo-engine bench kernels`: time the kernels against their peers, or compile them for GPUs that are not here.
 `tempo-engine bench throughput`: time whole RL steps against those of other stacks."""
 
+import importlib.util
+import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 from tempo_engine.errors import UserError
+
+if TYPE_CHECKING:
+    from tempo_em.throughput.work import Sampler
 
 # Qwen3-8B: hidden size, vocabulary; and the tokens of a usual minibatch.
 HIDDEN_SIZE, VOCAB_SIZE, NUM_TOKENS = 4096, 151936, 8192
@@ -32,8 +38,11 @@ def bench_kernels(cases: list[str], *, quick: bool, json_file: Path | None) -> b
     return not any(row.note.startswith("ours:") for row in rows)
 
 
-def bench_throughput(names: list[str], *, quick: bool, json_file: Path | None) -> bool:
-    """Print one table of whole steps against each stack; whether ours computed what they should and all did equal work."""
+def bench_throughput(
+    names: list[str], *, sampler: str | None, pythons: list[str], quick: bool, json_file: Path | None
+) -> bool:
+    """Print one table of whole steps against each stack; whether ours computed what they should and all did equal work.
+    `pythons`: "stack=interpreter" for stacks in environments of their own. `sampler`: ours; by default SGLang on a GPU."""
     from tempo_em.throughput.cases import CASES, missing
     from tempo_em.throughput.measure import measure
     from tempo_em.throughput.report import table, write_json
@@ -44,6 +53,8 @@ def bench_throughput(names: list[str], *, quick: bool, json_file: Path | None) -
             raise UserError(f"no case is called {name!r}; cases: {', '.join(CASES)}")
         if missing(name):
             raise UserError(missing(name))
+    interpreters = _interpreters(pythons)
+    ours = _sampler(sampler)
     console = _console()
     rows = []
     with console.status("measuring") as status:
@@ -51,11 +62,38 @@ def bench_throughput(names: list[str], *, quick: bool, json_file: Path | None) -
             if missing(name):
                 console.print(missing(name))
             else:
-                rows += measure(name, quick=quick, progress=status.update)
+                rows += measure(name, quick=quick, sampler=ours, pythons=interpreters, progress=status.update)
     console.print(table(rows))
     if json_file is not None:
         write_json(json_file, rows)
     return all(row.is_ours_right for row in rows)
+
+
+def _sampler(name: str | None) -> "Sampler":
+    import torch
+
+    has_sglang, has_gpu = importlib.util.find_spec("sglang") is not None, torch.cuda.is_available()
+    if name not in (None, "local", "sglang"):
+        raise UserError(f"--sampler {name}: it is local or sglang")
+    if name == "sglang" and not has_gpu:
+        raise UserError("--sampler sglang needs a GPU: on a CPU its servers' time is not in the CPU-seconds of a step")
+    if name == "sglang" and not has_sglang:
+        raise UserError("--sampler sglang: sglang is not installed")
+    return "sglang" if has_gpu and has_sglang and name != "local" else "local"
+
+
+def _interpreters(pythons: list[str]) -> dict[str, str]:
+    from tempo_em.throughput.stacks import STACKS
+
+    found = {}
+    for text in pythons:
+        stack, _, path = text.partition("=")
+        if stack not in STACKS:
+            raise UserError(f"--python {text}: no stack is called {stack!r}; stacks: {', '.join(STACKS)}")
+        if shutil.which(path) is None:
+            raise UserError(f"--python {text}: {path!r} is not a program; it takes STACK=PATH of a python")
+        found[stack] = path
+    return found
 
 
 def compile_report(targets: list[str], *, json_file: Path | None) -> bool:

@@ -219,6 +219,13 @@ def throughput(
         list[str] | None,
         typer.Option(help="tiny, mixed, vocabulary, prompts, smollm2 or tempo; repeatable. Default: all."),
     ] = None,
+    sampler: Annotated[
+        str | None, typer.Option(help="Ours: local or sglang. Default: sglang on a GPU where it is installed.")
+    ] = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(help="STACK=PATH: the python of a stack that lives in its own environment; repeatable."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small shapes, one round: checks all sides, says nothing about speed.")
     ] = False,
@@ -227,7 +234,7 @@ def throughput(
     """Time a whole RL step (sample, score, update) against other stacks, after checking that all do the same work."""
     from tempo_em.commands import bench_throughput_command
 
-    raise typer.Exit(bench_throughput_command(case or [], quick, json_file))
+    raise typer.Exit(bench_throughput_command(case or [], sampler, python or [], quick, json_file))
 
 
 def main() -> None:

@@ -248,10 +248,13 @@ def bench_kernels_command(
 
 
 @_exit_codes
-def bench_throughput_command(cases: list[str], quick: bool, json_file: Path | None) -> int:
+def bench_throughput_command(
+    cases: list[str], sampler: str | None, pythons: list[str], quick: bool, json_file: Path | None
+) -> int:
     from tempo_em.bench import bench_throughput
 
-    return 0 if bench_throughput(cases, quick=quick, json_file=json_file) else 1
+    is_well = bench_throughput(cases, sampler=sampler, pythons=pythons, quick=quick, json_file=json_file)
+    return 0 if is_well else 1
 
 
 @_exit_codes

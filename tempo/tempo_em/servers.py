@@ -52,7 +52,7 @@ def sglang_options(recipe: Recipe, policy: Policy) -> SGLangOptions:
         max_total_tokens=how.max_total_tokens,
         memory_fraction=how.memory_fraction,
         saves_memory=shares_gpus,
-        gpus=how.gpus or _own_gpus(),
+        gpus=how.gpus or own_gpus(),
         threads=how.threads,
         port=how.port,
         arguments=how.arguments,
@@ -84,7 +84,7 @@ def sglang_options(recipe: Recipe, policy: Policy) -> SGLangOptions:
     )
 
 
-def _own_gpus() -> tuple[int | str, ...]:
+def own_gpus() -> tuple[int | str, ...]:
     """The GPUs that this process sees, as another one must be told: not by their numbers in here."""
     count, names = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(names.split(",")[:count]) if names else tuple(range(count))

@@ -35,7 +35,9 @@ class Recorded:
     def load(self, policy: Policy) -> None:
         pass
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
         return [
             Rollout(prompt, [2] * (len(text) + 1), [-0.5] * (len(text) + 1), (), text == "cut", text)
             for prompt, group in zip(prompts, self.texts, strict=True)

@@ -46,7 +46,9 @@ class Scripted:
     def load(self, policy: Policy) -> None:
         pass
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
         self.asked.append((key, [prompt.id for prompt in prompts], group_size))
         return [
             Rollout(prompt, [2, 3, 1], [-1.0] * 3, ((0, 3),), False, self.say(key, number, sample))

@@ -54,7 +54,9 @@ class Scripted:
     def load(self, policy: Policy) -> None:
         pass
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
         rollouts = []
         for number, prompt in enumerate(prompts):
             rng = Random(f"{key}/{number}")

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,13 @@ def test_the_engine_has_the_gradients_of_a_plain_padded_step(prompt_tokens: int)
     assert [ours[name] for name in measure.WORK] == [theirs[name] for name in measure.WORK]
     assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-5)
     assert ours["trained"] == sum(LENGTHS)
+
+
+def test_the_engine_samples_the_planned_lengths_with_sglang_too() -> None:
+    case = case_of(sampler="sglang")
+    told, _ = steps(engine, case, 2)
+    (plain_step,), _ = steps(floor, case, 1)
+    assert [[step[name] for name in measure.WORK] for step in told] == [[plain_step[name] for name in measure.WORK]] * 2
 
 
 def test_the_engine_has_the_gradients_of_the_authors_update_in_both_models() -> None:
@@ -143,12 +151,12 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     }
     stacks = {name: {"moments": moment, "step": dict(step)} for name in ("engine", "trl", "floor")}
 
-    def said(kind: str, stack: str, case: Case, path: Path) -> Any:
+    def said(kind: str, stack: str, case: Case, path: Path, pythons: Any) -> Any:
         if isinstance(stacks[stack]["moments"], str):
             raise Failed(f"failed: {stacks[stack]['moments']}")
         return stacks[stack]["step"], stacks[stack]["moments"]
 
-    def in_turn(case: Case, problems: dict[str, str], rounds: int, progress: Any) -> Any:
+    def in_turn(case: Case, problems: dict[str, str], rounds: int, pythons: Any, progress: Any) -> Any:
         return {stack: [stacks[stack]["step"]] * rounds for stack, problem in problems.items() if not problem}
 
     monkeypatch.setattr(measure, "said", said)
@@ -211,6 +219,17 @@ def test_a_stack_that_is_not_here_says_so_in_one_sentence(
     assert "trl: not installed: no_such_package; pip install it" in output
 
 
+def test_a_stack_with_its_own_python_is_asked_there_what_it_lacks(tmp_path: Path) -> None:
+    here = measure.missing("floor", case_of(), {"floor": sys.executable})
+    assert here == ""
+    empty = tmp_path / "python"  # an environment without tempo-engine
+    empty.write_text("#!/bin/sh\necho \"ModuleNotFoundError: No module named 'tempo_em'\" >&2\nexit 1\n")
+    empty.chmod(0o755)
+    there = measure.missing("floor", case_of(), {"floor": str(empty)})
+    assert there.startswith("failed: ModuleNotFoundError: No module named 'tempo_em'")
+    assert f"{empty} needs tempo-engine as well" in there
+
+
 def test_a_stack_for_gpus_says_that_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert Stack("x", needs_gpu=True).missing() == "needs a GPU, of which there is none here"
@@ -253,6 +272,16 @@ def test_a_worker_measures_memory_and_leaves_its_moments(tmp_path: Path, monkeyp
     assert "model.embed_tokens.weight" in load_file(tmp_path / "moments")
 
 
+def test_a_stack_that_works_in_another_process_says_itself_what_that_one_held() -> None:
+    def elsewhere(case: Case, turns: Turns) -> None:
+        while turns.go():
+            turns.done(lambda: Facts([], 0, 0, 1, 0.0, 1.0, peak_bytes=7))
+
+    told: list[dict[str, Any]] = []
+    worker.memory(elsewhere, case_of(), told.append)  # pyright: ignore[reportArgumentType]
+    assert told[0]["peak_bytes"] == 7
+
+
 def test_a_worker_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[dict[str, Any]] = []
     monkeypatch.setattr(worker, "say_nothing_else", lambda: told.append)
@@ -266,6 +295,14 @@ def test_a_worker_that_breaks_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--case", "huge"], "no case is called 'huge'; cases: tiny, mixed, vocabulary, prompts, smollm2, tempo"),
         (["--json", "nowhere/rows.json"], "the folder nowhere does not exist"),
+        (
+            ["--python", "rllib=python3"],
+            "no stack is called 'rllib'; stacks: engine, trl, trl_vllm, verl, floor, authors",
+        ),
+        (["--python", "verl=no/python"], "'no/python' is not a program; it takes STACK=PATH of a python"),
+        (["--sampler", "vllm"], "it is local or sglang"),
+        (["--sampler", "sglang"], "on a CPU its servers' time is not in the CPU-seconds of a step"),
+        (["--python", "verl"], "'' is not a program; it takes STACK=PATH of a python"),
     ],
 )
 def test_options_that_cannot_work_are_refused_before_anything_runs(arguments: list[str], message: str) -> None:

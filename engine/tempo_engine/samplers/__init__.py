@@ -29,11 +29,13 @@ class Sampler(Protocol):
         """Sample from this policy from now on; rollouts carry its version."""
         ...
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
         """`group_size` responses to each prompt, those of one prompt next to each other.
 
-        `key` names the occasion ("em/12", "eval/12"): together with the run's seed, the prompt and the sample's number it fixes
-        the random draws.
+        `limits` bounds the tokens of single responses below those of all. `key` names the occasion ("em/12", "eval/12"): together
+        with the run's seed, the prompt and the sample's number it fixes the random draws.
         """
         ...
 

@@ -115,17 +115,21 @@ class SGLangSampler:
         assert self._fleet is not None
         self._fleet.wait_until_ready()
 
-    def sample(self, prompts: Sequence[Prompt], group_size: int, *, key: str) -> list[Rollout]:
-        """`group_size` responses to each prompt, in order. Every rank gets them all.
+    def sample(
+        self, prompts: Sequence[Prompt], group_size: int, *, key: str, limits: Sequence[int] | None = None
+    ) -> list[Rollout]:
+        """`group_size` responses to each prompt, in order; `limits` bounds single ones below `max_new_tokens`. Every rank gets
+        them all.
 
         Raises Halted when too many servers died; RuntimeError when no policy was loaded.
         """
         if self._pushed is None or self._sync is None or self.policy is None:
             raise RuntimeError("the servers have no weights; call load(policy) first")
         names = response_names(prompts, group_size, f"{self.seed}/{key}")
+        limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(names)]
+        parameters = [self._parameters(name, limit) for name, limit in zip(names, limits, strict=True)]
         groups = [
-            Group(list(p.token_ids), [self._parameters(name) for name in names[i * group_size : (i + 1) * group_size]])
-            for i, p in enumerate(prompts)
+            Group(list(p.token_ids), parameters[i * group_size : (i + 1) * group_size]) for i, p in enumerate(prompts)
         ]
         self._wake("weights", "kv_cache")
         while not parallel.from_main(lambda: self._generate(groups)):
@@ -144,11 +148,13 @@ class SGLangSampler:
         self._fleet.run(self._fleet.generate(groups))
         return not any(group.owed for group in groups)
 
-    def _parameters(self, name: str) -> dict[str, Any]:
+    def _parameters(self, name: str, limit: int) -> dict[str, Any]:
         parameters: dict[str, Any] = {
-            "max_new_tokens": self.max_new_tokens, "temperature": self.temperature, "stop_token_ids": sorted(self.stop_ids),
-            "stream_interval": self.max_new_tokens,
+            "max_new_tokens": limit, "temperature": self.temperature, "stop_token_ids": sorted(self.stop_ids),
+            "stream_interval": limit,
         }  # fmt: skip
+        if not self.stop_ids:  # then nor does the end of sequence of the model's config end a response
+            parameters["ignore_eos"] = True
         if self.top_p < 1:
             parameters["top_p"] = self.top_p
         if self.top_k > 0:
@@ -160,13 +166,13 @@ class SGLangSampler:
 
     def _rollouts(self, prompts: Sequence[Prompt], groups: list[Group]) -> list[Rollout]:
         return [
-            self._rollout(prompt, output)
+            self._rollout(prompt, output, parameters["max_new_tokens"])
             for prompt, group in zip(prompts, groups, strict=True)
-            for output in group.outputs
+            for output, parameters in zip(group.outputs, group.parameters, strict=True)
             if output is not None
         ]
 
-    def _rollout(self, prompt: Prompt, output: dict[str, Any]) -> Rollout:
+    def _rollout(self, prompt: Prompt, output: dict[str, Any], limit: int) -> Rollout:
         """A server's answer, checked: what does not fit together must not be trained on."""
         ids, meta = output["output_ids"], output["meta_info"]
         if "output_token_sampling_logprobs" in meta:  # of the truncated distribution
@@ -174,8 +180,8 @@ class SGLangSampler:
         else:
             logprobs = [x[0] for x in meta["output_token_logprobs"]]
         spans = tuple((int(span["version"]), span["end"]) for span in meta["weight_versions"])
-        whole = 0 < len(ids) <= self.max_new_tokens and len(logprobs) == len(ids) == spans[-1][1]
-        ends = ids[-1] in self.stop_ids or len(ids) == self.max_new_tokens
+        whole = 0 < len(ids) <= limit and len(logprobs) == len(ids) == spans[-1][1]
+        ends = ids[-1] in self.stop_ids or len(ids) == limit
         if not whole or not ends or not self.stop_ids.isdisjoint(ids[:-1]):
             raise Halted(
                 f"a response to {prompt.id} makes no sense: {len(ids)} tokens, {len(logprobs)} log-probs, it ended by "

@@ -15,7 +15,7 @@ class Bench(NamedTuple):
     """`build(quick)` makes the case. `target`: of the ratio to the first peer; `memory_target`: of our peak memory over its."""
 
     build: Callable[[bool], Case]
-    peers: tuple[str, ...] = ("trl", "trl_vllm", "floor")
+    peers: tuple[str, ...] = ("trl", "trl_vllm", "verl", "floor")
     target: float | None = None
     memory_target: float | None = None
 

@@ -1,7 +1,10 @@
 """The engine's step: its sampler, its updates, the kernels' advantages."""
 
 # Shape letters: T = packed response tokens, S = sequences, TS = T + S values
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
+from typing import cast
 
 import torch
 from tempo_engine import parallel
@@ -10,13 +13,18 @@ from tempo_engine.optim import Optimizer
 from tempo_engine.packing import PackedBatch, pack
 from tempo_engine.parallel import Sharding
 from tempo_engine.rollout import Prompt, Rollout
+from tempo_engine.samplers import Sampler
 from tempo_engine.samplers.local import LocalSampler
+from tempo_engine.samplers.sglang import SGLangOptions, SGLangSampler
+from tempo_engine.sglang.fleet import Patience
+from tempo_engine.sglang.server import ServerOptions
 from tempo_engine.updates import CriticUpdate, PolicyUpdate, fit_critic, improve_policy
 from tempo_engine.weights import DTYPES
 from tempo_kernels import advantage, group_advantage, whiten
 from tempo_kernels.segments import segment_ids
 from torch import Tensor
 
+from tempo_em.servers import own_gpus
 from tempo_em.throughput.turns import Facts, Turns
 from tempo_em.throughput.work import (
     CLIP,
@@ -37,22 +45,45 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
     sharding = Sharding(compute=DTYPES[case.dtype])
     model = case.load_model().to(case.device)  # pyright: ignore[reportArgumentType]
     policy = Policy(model, sharding=sharding, device=case.device, share_prompts=True)
-    get = (lambda: given_rollouts(case, policy)) if given else sampling(case, policy, turns)
-    return (grpo if case.method == "grpo" else tempo)(case, policy, get, turns)
-
-
-def sampling(case: Case, policy: Policy, turns: Turns) -> Callable[[], list[Rollout]]:
-    tokenizer = case.tokenizer()
-    # No token ends a response: it ends at its planned length.
-    sampler = LocalSampler(stop_ids=[-1], decode=tokenizer.decode, max_new_tokens=case.longest)  # pyright: ignore[reportArgumentType]
+    step = grpo if case.method == "grpo" else tempo
+    if given:
+        return step(case, policy, lambda: given_rollouts(case, policy), turns)
     prompts = [Prompt(str(i), "", tuple(ids)) for i, ids in enumerate(case.prompts)]
+    sampler = (local if case.sampler == "local" else servers)(case)
 
     def get() -> list[Rollout]:
         with turns.generation():
             sampler.load(policy)
             return sampler.sample(prompts, case.group_size, key=str(turns.count), limits=case.lengths)
 
-    return get
+    with tempfile.TemporaryDirectory() as folder:
+        sampler.open(Path(folder), policy)
+        try:
+            return step(case, policy, get, turns)
+        finally:
+            sampler.close()
+
+
+def local(case: Case) -> Sampler:
+    """No token ends a response: it ends at its planned length."""
+    return LocalSampler(stop_ids=[-1], decode=decoding(case), max_new_tokens=case.longest)
+
+
+def servers(case: Case) -> Sampler:
+    """SGLang, on the trainer's GPU where there is one: then it gives its memory back between batches."""
+    has_gpu = torch.cuda.is_available()
+    server = ServerOptions(
+        dtype=case.dtype, max_running=case.num_rows, context_length=case.prompt_tokens + case.longest, saves_memory=has_gpu,
+        gpus=own_gpus()[:1],
+    )  # fmt: skip
+    options = SGLangOptions(
+        server=server, patience=Patience(), sync="tensor" if has_gpu else "disk", verify="off", naps=has_gpu
+    )
+    return SGLangSampler(options, stop_ids=[], decode=decoding(case), max_new_tokens=case.longest)
+
+
+def decoding(case: Case) -> Callable[[list[int]], str]:
+    return cast(Callable[[list[int]], str], case.tokenizer().decode)
 
 
 def given_rollouts(case: Case, policy: Policy) -> list[Rollout]:

@@ -5,11 +5,13 @@ both sides were seen to do the same work in every step: the same prompts with re
 tokens sampled and trained on, of optimiser steps.
 """
 
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -20,7 +22,7 @@ from torch import Tensor
 from tempo_em.throughput.cases import CASES, Bench
 from tempo_em.throughput.process import MALLOC, Failed, Process
 from tempo_em.throughput.stacks import STACKS
-from tempo_em.throughput.work import Case
+from tempo_em.throughput.work import Case, Sampler
 
 OURS = "engine"
 # Of the relative difference from a plain step's gradients in float32: of any parameter's; in bfloat16 of all of them together.
@@ -30,12 +32,14 @@ ROUNDS = 5  # that count; one before them does not
 WORK = ("rows", "generated", "trained", "updates")
 
 Step = dict[str, Any]
+Pythons = Mapping[str, str]  # stack: interpreter
+HERE: Pythons = MappingProxyType({})  # this one for all
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """Ours against one peer. Speeds are response tokens trained on per CPU-second (on a GPU: per second) of whole steps; `ratio` is
-    ours / theirs, so more is better. `wall` has both sides' seconds a step, `generating` the share of CPU time spent sampling."""
+    ours / theirs, so more is better. `wall` has both sides' seconds a step, `generating` the share of the time spent sampling."""
 
     op: str
     case: str
@@ -59,23 +63,38 @@ class Row:
     error: dict[str, float] = field(default_factory=dict)  # of gradients
     is_ours_right: bool = True
     note: str = ""
+    sampler: Sampler = "local"  # ours
 
 
-def measure(name: str, *, quick: bool = False, progress: Callable[[str], None] = lambda text: None) -> list[Row]:
-    """A row for each peer of the case."""
+def measure(
+    name: str, *, quick: bool = False, sampler: Sampler = "local", pythons: Pythons = HERE,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[Row]:  # fmt: skip
+    """A row for each peer of the case. `pythons`: the interpreters of stacks that live in environments of their own."""
     bench = CASES[name]
-    case = bench.build(quick)
-    problems = {stack: STACKS[stack].missing() for stack in (OURS, *bench.peers)}
-    errors, peaks = look(case, bench, problems, progress)
-    steps = {} if problems[OURS] else in_turn(case, problems, 1 if quick else ROUNDS, progress)
+    case = replace(bench.build(quick), sampler=sampler)
+    problems = {stack: missing(stack, case, pythons) for stack in (OURS, *bench.peers)}
+    errors, peaks = look(case, bench, problems, pythons, progress)
+    steps = {} if problems[OURS] else in_turn(case, problems, 1 if quick else ROUNDS, pythons, progress)
     return [row(case, bench, peer, problems, errors, steps, peaks) for peer in bench.peers]
+
+
+def missing(stack: str, case: Case, pythons: Pythons) -> str:
+    """What the stack lacks in its interpreter, in one sentence; empty when it can run."""
+    if stack not in pythons:
+        return STACKS[stack].missing()
+    try:
+        with Process("missing", stack, case, python=pythons[stack]) as one:
+            return one.ask()["missing"]
+    except Failed as failure:
+        return f"{failure}; {pythons[stack]} needs tempo-engine as well (pip install --no-deps)"
 
 
 # --- Checks ------------------------------------------------------------------------------------------------------------------
 
 
 def look(
-    case: Case, bench: Bench, problems: dict[str, str], progress: Callable[[str], None] = lambda text: None
+    case: Case, bench: Bench, problems: dict[str, str], pythons: Pythons, progress: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, int]]:
     """Each stack's relative error of its gradients, and the bytes that a fresh process's first step takes at its highest
     beyond what was in use before it. What is wrong with a stack is written into `problems`."""
@@ -94,8 +113,8 @@ def look(
             progress(f"{case.name}: checking {stack}")
             try:
                 if truth is None and case.dtype != "float32":
-                    _, truth = said("check", stack, replace(case, dtype="float32"), path)
-                first, moments = said("look", stack, case, path)
+                    _, truth = said("check", stack, replace(case, dtype="float32"), path, pythons)
+                first, moments = said("look", stack, case, path, pythons)
             except Failed as failure:
                 problems[stack] = str(failure)
                 continue
@@ -108,10 +127,12 @@ def look(
     return errors, peaks
 
 
-def said(kind: str, stack: str, case: Case, path: Path) -> tuple[Step, dict[str, Tensor]]:
+def said(kind: str, stack: str, case: Case, path: Path, pythons: Pythons) -> tuple[Step, dict[str, Tensor]]:
     """What a process said first, and the moments that it left: of AdamW after one step on given responses, a tenth of the clipped
     gradient, by parameter."""
-    with Process(kind, stack, case, str(path), environment=MALLOC) as one:
+    with Process(
+        kind, stack, case, str(path), python=pythons.get(stack, sys.executable), environment=MALLOC
+    ) as one:  # fmt: skip
         first = one.ask()
         one.finish()
     moments = load_file(path)
@@ -140,13 +161,16 @@ def whole_difference(tensors: Mapping[str, Tensor], truth: Mapping[str, Tensor])
 
 
 def in_turn(
-    case: Case, problems: dict[str, str], rounds: int, progress: Callable[[str], None] = lambda text: None
+    case: Case, problems: dict[str, str], rounds: int, pythons: Pythons, progress: Callable[[str], None]
 ) -> dict[str, list[Step]]:
     """Every right stack's steps: one of each in turn, again and again, so that a drift of the machine hits all. The first round, in
     which memory is found, is left out."""
     steps: dict[str, list[Step]] = {stack: [] for stack, problem in problems.items() if not problem}
     with ExitStack() as running:
-        processes = {stack: running.enter_context(Process("steps", stack, case)) for stack in steps}
+        processes = {
+            stack: running.enter_context(Process("steps", stack, case, python=pythons.get(stack, sys.executable)))
+            for stack in steps
+        }
         for turn in range(-1, rounds + 1):
             for stack, one in processes.items():
                 if problems[stack]:
@@ -187,7 +211,7 @@ def row(
         "rl_step", case.name, case.dtype, None, peer, None, None, unit, peaks.get(OURS), False,
         target=bench.target if is_first else None, memory_target=bench.memory_target if is_first else None,
         error={stack: errors[stack] for stack in (OURS, peer) if stack in errors},
-        is_ours_right=not problems[OURS],
+        is_ours_right=not problems[OURS], sampler=case.sampler,
     )  # fmt: skip
     wrong = [f"{stack}: {problems[stack]}" for stack in (OURS, peer) if problems[stack]]
     if wrong:
@@ -209,7 +233,7 @@ def row(
         tokens=tokens,
         wall=[float(np.median([step["wall"] for step in steps[stack]])) for stack in (OURS, peer)],
         generating=[
-            float(np.median([step["generating"] / step["cpu"] for step in steps[stack]])) for stack in (OURS, peer)
+            float(np.median([step["generating"] / step[clock] for step in steps[stack]])) for stack in (OURS, peer)
         ],
         peer_peak_bytes=peaks[peer],
         memory_ratio=peaks[OURS] / peaks[peer],

@@ -20,13 +20,16 @@ class Failed(Exception):
 
 
 class Process:
-    """`with Process("steps", "trl", case) as one: one.ask("go")`. One thread."""
+    """`with Process("steps", "trl", case) as one: one.ask("go")`. One thread; `python` is the interpreter."""
 
-    def __init__(self, kind: str, stack: str, case: Case, *more: str, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, kind: str, stack: str, case: Case, *more: str, python: str = sys.executable,
+        environment: Mapping[str, str] = {},
+    ) -> None:  # fmt: skip
         self.stack = stack
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tempo_em.throughput.worker", kind, stack, json.dumps(asdict(case)), *more],
+            [python, "-m", "tempo_em.throughput.worker", kind, stack, json.dumps(asdict(case)), *more],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         )  # fmt: skip

@@ -12,18 +12,11 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from tempo_em.throughput.plain import processors
-from tempo_em.throughput.turns import Facts, Turns
-from tempo_em.throughput.work import CLIP, LEARNING_RATE, MAX_GRAD_NORM, Case, reward
+from tempo_em.throughput.turns import Enough, Facts, Turns
+from tempo_em.throughput.work import CLIP, LEARNING_RATE, MAX_GRAD_NORM, MOST_STEPS, Case, reward
 
 trl: Any = importlib.import_module("trl")
 datasets: Any = importlib.import_module("datasets")
-
-# More steps than anybody asks for: it must know how many there are.
-MOST_STEPS = 1000
-
-
-class Enough(Exception):
-    """No more turns."""
 
 
 def run(case: Case, turns: Turns, *, given: bool = False, model: Any = None, **more: Any) -> dict[str, Tensor]:

@@ -21,12 +21,17 @@ class Facts:
     updates: int  # optimiser steps
     loss: float
     grad_norm: float
+    peak_bytes: int | None = None  # the most held at once beyond what was held before, where another process holds it
 
     def work(self) -> dict[str, Any]:
         """What must be the same on all sides."""
         rows = sorted((list(map(int, prompt)), int(length)) for prompt, length in self.rows)
         digest = hashlib.blake2b(json.dumps(rows).encode(), digest_size=8).hexdigest()
         return {"rows": digest, "generated": self.generated, "trained": self.trained, "updates": self.updates}
+
+
+class Enough(Exception):
+    """No more turns, for a trainer that has its own loop."""
 
 
 class Turns:
@@ -42,6 +47,7 @@ class Turns:
         self.report = report
         self.count = -1
         self.generating = 0.0
+        self.clock = time.perf_counter if torch.cuda.is_available() else time.process_time
 
     def go(self) -> bool:
         """Wait for the next step; its clocks start. False when there is none."""
@@ -54,10 +60,10 @@ class Turns:
 
     @contextmanager
     def generation(self) -> Iterator[None]:
-        """Inside, responses are sampled."""
-        start = time.process_time()
+        """Inside, responses are sampled: seconds on a GPU, CPU-seconds without."""
+        start = self.clock()
         yield
-        self.generating += time.process_time() - start
+        self.generating += self.clock() - start
 
     def done(self, facts: Callable[[], Facts]) -> None:
         """The step is over; what it did is looked up off the clock."""
@@ -65,5 +71,7 @@ class Turns:
             torch.cuda.synchronize()
         took = {"wall": time.perf_counter() - self.wall, "cpu": time.process_time() - self.cpu}
         found = facts()
-        numbers = {"loss": found.loss, "grad_norm": found.grad_norm}
+        numbers: dict[str, Any] = {"loss": found.loss, "grad_norm": found.grad_norm}
+        if found.peak_bytes is not None:
+            numbers["peak_bytes"] = found.peak_bytes
         self.report(took | {"generating": self.generating} | found.work() | numbers)

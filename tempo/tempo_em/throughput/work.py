@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Method = Literal["grpo", "tempo"]
+Sampler = Literal["local", "sglang"]
 
 # AdamW on every side: betas 0.9 and 0.999, eps 1e-8, no decay; the whole gradient is clipped to this norm.
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
+# More steps than anybody asks for, where a trainer must know how many there are.
+MOST_STEPS = 1000
 # grpo: what is added to a group's standard deviation (TRL's number), and the clip of a token's ratio.
 GROUP_EPS, CLIP = 1e-4, 0.2
 # tempo: the clips of a response's ratio and of its mean value (the authors').
@@ -30,6 +33,7 @@ class Case:
     `model` is a config of a fresh model, or a Hugging Face directory. `lengths` are the planned tokens of each response, the end
     of sequence included, in order of rows: each prompt `group_size` times in a row. With method tempo the second half of the
     prompts is labelled. A backward pass takes a `parts`-th of the rows, or as many tokens as these have when they are padded.
+    `sampler` is the engine's: other stacks have their own.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Case:
     dtype: str = "float32"
     parts: int = 1
     method: Method = "grpo"
+    sampler: Sampler = "local"
 
     def __post_init__(self) -> None:
         if len(self.lengths) != self.num_rows:

@@ -3,6 +3,7 @@
     python -m tempo_em.throughput.worker steps STACK CASE          a step for each line "go" on standard input
     python -m tempo_em.throughput.worker check STACK CASE FILE     one step on given responses; AdamW's first moments go into FILE
     python -m tempo_em.throughput.worker look STACK CASE FILE      before that, one step as it comes: {"peak_bytes"}
+    python -m tempo_em.throughput.worker missing STACK CASE        what the stack lacks in this interpreter: {"missing"}
 
 CASE is a JSON object of the fields of `Case`.
 """
@@ -24,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 from safetensors.torch import save_file
 
+from tempo_em.throughput.memory import peak, start_peak
 from tempo_em.throughput.stacks import STACKS, Run
 from tempo_em.throughput.turns import Turns
 from tempo_em.throughput.work import Case
@@ -57,25 +59,7 @@ def memory(run: Run, case: Case, say: Say) -> None:
 
     took: list[dict[str, Any]] = []
     run(case, Turns(commands(), took.append))
-    say({"peak_bytes": peak() - before} | took[0])
-
-
-def start_peak() -> int:
-    """Bytes in use; the peak so far is now."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
-
-
-def peak() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else status("VmHWM")
-
-
-def status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    say({"peak_bytes": peak() - before} | took[0])  # a stack that works elsewhere says its own
 
 
 def say_nothing_else() -> Say:
@@ -94,6 +78,8 @@ def main(kind: str, stack: str, case_json: str, *more: str) -> None:
     torch.set_num_threads(1)
     case = Case(**json.loads(case_json))
     try:
+        if kind == "missing":
+            return say({"missing": STACKS[stack].missing()})
         run = STACKS[stack].load()
         if kind == "steps":
             say({"ready": asdict(case)["name"]})
