@@ -19,15 +19,17 @@ trl: Any = importlib.import_module("trl")
 datasets: Any = importlib.import_module("datasets")
 
 
-def run(case: Case, turns: Turns, *, given: bool = False, model: Any = None, **more: Any) -> dict[str, Tensor]:
+def run(
+    case: Case, turns: Turns, *, given: bool = False, model: Any = None, kind: Any = None, **more: Any
+) -> dict[str, Tensor]:
     """Steps until the turns end; returns AdamW's first moments by parameter.
 
-    `model`: if not a fresh one of the case. `more`: further settings of GRPOConfig.
+    `model`: if not a fresh one of the case. `kind` of trainer: if not this one. `more`: further settings of GRPOConfig.
     """
     texts = [" ".join(map(str, ids)) for ids in case.prompts]
     model = model or case.load_model()
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
+        trainer = (kind or Trainer)(
             case, turns, given,
             model=model,
             reward_funcs=lambda completion_ids, **_: [reward(ids) for ids in completion_ids],

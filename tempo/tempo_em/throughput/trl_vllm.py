@@ -1,9 +1,10 @@
 """TRL with vLLM inside its process, on a GPU node. Its update is checked before anything is timed, as everybody's is.
 
-vLLM takes one length for all rows of a request, so cases of mixed lengths are refused.
+Given responses need no vLLM. Where weights are float32, vLLM samples in half precision: TRL has no setting for it.
 """
 
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -14,16 +15,36 @@ from tempo_em.throughput.work import Case
 
 
 def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
-    """As trl.py. Raises ValueError where response lengths differ."""
-    if len(set(case.lengths)) > 1:
-        raise ValueError("vLLM inside TRL samples all rows to one length; this case has mixed lengths")
+    """As trl.py."""
     with tempfile.TemporaryDirectory() as folder:  # vLLM loads models from directories
         model: Any = case.load_model()
         model.save_pretrained(folder)
         case.tokenizer().save_pretrained(folder)
         model.name_or_path = model.config._name_or_path = folder
         return trl.run(
-            case, turns, given=given, model=model, use_vllm=True, vllm_mode="colocate",
+            case, turns, given=given, model=model, kind=Trainer, use_vllm=not given, vllm_mode="colocate",
+            vllm_gpu_memory_utilization=0.3,
             vllm_importance_sampling_correction=False,  # its pass for old log-probs is work that others do not do
-            generation_kwargs={"min_tokens": case.longest}, vllm_gpu_memory_utilization=0.3,
         )  # fmt: skip
+
+
+class Trainer(trl.Trainer):
+    """Plans response lengths in vLLM too, for which TRL has one length for all."""
+
+    def __init__(self, *arguments: Any, **more: Any) -> None:
+        super().__init__(*arguments, **more)
+        if self.use_vllm:
+            llm = self.vllm_generation.llm
+            llm.generate = planned(llm.generate, self.case)
+
+
+def planned(generate: Callable[..., Any], case: Case) -> Callable[..., Any]:
+    """vLLM's `generate`, every row to its planned length."""
+
+    def rows(prompts: Sequence[Any], sampling_params: Any, **more: Any) -> Any:
+        each = [sampling_params.clone() for _ in prompts]
+        for parameters, length in zip(each, case.lengths, strict=True):
+            parameters.max_tokens, parameters.ignore_eos = length, True
+        return generate(prompts, sampling_params=each, **more)
+
+    return rows

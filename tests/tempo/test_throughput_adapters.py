@@ -1,6 +1,6 @@
-"""The adapter to verl, without verl: what it asks of a server, and what it says of a step.
+"""The adapters for GPU nodes, without the stacks: what they ask of a server, and what they say of a step.
 
-Ray, verl and TransferQueue are stand-ins. Whether verl's own trainer computes the same gradients is checked by the benchmark.
+verl, Ray, TransferQueue and TRL are stand-ins. Whether verl's own trainer computes the same gradients is checked by the benchmark.
 """
 
 import asyncio
@@ -27,13 +27,21 @@ class StandIn(ModuleType):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        if name in ("ActorRolloutRefWorker", "PPOTrainerSync"):
+        if name in ("ActorRolloutRefWorker", "PPOTrainerSync", "GRPOTrainer"):
             return type(name, (), {"_compute_metrics": lambda self, *arguments, **more: None})
         if name in ("AgentLoopOutput", "AgentLoopMetrics"):
             return SimpleNamespace
         return lambda *arguments, **more: lambda function: function  # decorators that take arguments
 
     Dispatch = SimpleNamespace(ONE_TO_ALL=None)
+
+
+@pytest.fixture
+def trl_vllm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name in ("trl", "datasets"):
+        monkeypatch.setitem(sys.modules, name, StandIn(name))
+    yield importlib.import_module("tempo_em.throughput.trl_vllm")
+    del sys.modules["tempo_em.throughput.trl"], sys.modules["tempo_em.throughput.trl_vllm"]
 
 
 @pytest.fixture
@@ -47,6 +55,20 @@ def adapter(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     module = importlib.import_module("tempo_em.throughput.verl")
     yield module
     del sys.modules["tempo_em.throughput.verl"]
+
+
+def test_vllm_gives_every_row_of_trls_its_planned_length(trl_vllm: Any) -> None:
+    class Parameters(SimpleNamespace):
+        def clone(self) -> "Parameters":
+            return Parameters(**vars(self))
+
+    asked: dict[str, Any] = {}
+    generate = trl_vllm.planned(lambda prompts, **more: asked.update(more, prompts=prompts), CASE)
+    one = Parameters(temperature=1.0, max_tokens=5, ignore_eos=False)
+    generate(["a", "b", "c", "d"], sampling_params=one, use_tqdm=False)
+    assert [parameters.max_tokens for parameters in asked["sampling_params"]] == CASE.lengths
+    assert all(parameters.ignore_eos and parameters.temperature == 1.0 for parameters in asked["sampling_params"])
+    assert (one.max_tokens, asked["prompts"], asked["use_tqdm"]) == (5, ["a", "b", "c", "d"], False)
 
 
 def respond(adapter: Any, *, given: bool, index: int, session_id: int) -> tuple[Any, list[dict[str, Any]]]:
