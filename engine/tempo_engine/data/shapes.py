@@ -30,22 +30,55 @@ SHORT = (
     "Answer the following question. The last line of your response should be of the following format: 'ANSWER: $ANSWER' (without "
     "quotes) where $ANSWER is the answer to the question. Think step by step before answering.\n\n"
 )
-GRID = """Solve the following logic puzzle. Every house has one value of each attribute, and no two houses share one.
+# ZebraLogic's own prompt, word for word (Lin et al., arXiv 2502.01100; ZeroEval's ZEBRA_GRID): accuracies compare only under it.
+GRID = """
+# Example Puzzle\x20
 
-Here is a small puzzle and what an answer to it looks like:
+There are 3 houses, numbered 1 to 3 from left to right, as seen from across the street. Each house is occupied by a \
+different person. Each house has a unique attribute for each of the following characteristics:
+ - Each person has a unique name: `Peter`, `Eric`, `Arnold`.
+ - Each person has a unique favorite drink: `tea`, `water`, `milk`
 
-There are 2 houses, numbered 1 to 2 from left to right.
-Each is home to a different person: Mara, Ivo. In each is a different pet: owl, newt.
-1. Ivo does not live in the first house.
-2. The owl lives with Ivo.
+## Clues for the Example Puzzle
 
-{"reasoning": "Ivo is not in house 1, so he lives in house 2 and Mara in house 1. The owl is Ivo's, so the newt is Mara's.", \
-"solution": {"House 1": {"Name": "Mara", "Pet": "newt"}, "House 2": {"Name": "Ivo", "Pet": "owl"}}}
+1. Peter is in the second house.
+2. Arnold is directly left of the one who only drinks water.
+3. The one who only drinks water is directly left of the person who likes milk.
 
-Now solve this one:
+## Answer to the Example Puzzle
+
+{
+    "reasoning": "Given Clue 1, we know Peter is in House 2. According to Clue 2, Arnold is directly left of the one who only \
+drinks water. The person in House 3 cannot be on the left of anyone, so Arnold must be in House 1. Thus, Peter drinks water, and \
+Eric lives in House 3. Then, according to Clue 3, Eric drinks milk. Therefore, Arnold drinks tea.",
+    "solution": {
+        "House 1": {
+            "Name": "Arnold",
+            "Drink": "tea"
+        },
+        "House 2": {
+            "Name": "Peter",
+            "Drink": "water"
+        },
+        "House 3": {
+            "Name": "Eric",
+            "Drink": "milk"
+        }
+    }
+}
+
+# Puzzle to Solve\x20
+
+{puzzle}
+
+
+# Instruction
+
+Now please solve the above puzzle. Present your reasoning and solution in the following json format:
+
+{json_template}
 
 """
-GRID_AFTER = "\n\nEnd your response with one JSON object of this form, with every ___ filled in:\n\n"
 
 _AGIEVAL = re.compile(r"Q:\s*(.*?)\s*Answer Choices:.*", re.DOTALL)
 _AGIEVAL_MATH = re.compile(r"Q:\s*(.*?)\s*A:(?: The answer is)?\s*", re.DOTALL)
@@ -130,9 +163,9 @@ def zebralogic(row: Mapping[str, Any]) -> Question:
         raise BadRow("has a grid whose values are hidden")
     grid = {f"House {house[0]}": dict(zip(header[1:], house[1:], strict=True)) for house in rows}
     blank = {house: dict.fromkeys(values, "___") for house, values in grid.items()}
-    form = json.dumps({"reasoning": "___", "solution": blank}, indent=1, ensure_ascii=False)
-    answer = _reference(json.dumps(grid, ensure_ascii=False))
-    return Question(puzzle, frozenset({answer}), GRID + puzzle + GRID_AFTER + form, columns=row)
+    form = json.dumps({"reasoning": "___", "solution": blank}, indent=4)
+    shown = GRID.replace("{json_template}", form).replace("{puzzle}", _text(row, "puzzle"))
+    return Question(puzzle, frozenset({_reference(json.dumps(grid, ensure_ascii=False))}), shown, columns=row)
 
 
 def _choice(text: str, choices: Sequence[str], right: Any, row: Mapping[str, Any]) -> Question:

@@ -1,5 +1,6 @@
 """Rows in the shape of each benchmark, written for these tests: the prompt is compared word for word. No real item is here."""
 
+import hashlib
 import json
 from typing import Any
 
@@ -13,6 +14,9 @@ from tempo_engine.tasks.answers import EXTRACTORS, score
 from tempo_engine.tasks.question import Question
 
 BOXED = "Solve the following math problem. Make sure to put the answer (and only answer) inside \\boxed{}.\n\nWhat is 6 times 7?"
+
+# Of the template as ZeroEval publishes it: src/templates/ZEBRA_GRID.py.
+PUBLISHED_ZEBRA_GRID = "dd4b8c12996ac0342e3ee2ad0e8737ab1e3043c4756a33721709ac92d60e570d"
 
 
 def question(name: str, row: dict[str, Any]) -> Question:
@@ -148,21 +152,23 @@ def test_a_grid_of_zebralogic_is_asked_for_as_json() -> None:
     solution = {"header": ["House", "Name", "Pet"], "rows": [["1", "Ann", "cat"], ["2", "Bob", "dog"]]}
     found = question("zebralogic", {"id": "x", "size": "2*2", "puzzle": "There are 2 houses.", "solution": solution})
     assert found.content == "There are 2 houses."
-    assert found.shown.startswith("Solve the following logic puzzle. Every house has one value of each attribute")
+    assert found.shown.startswith(
+        "\n# Example Puzzle \n\nThere are 3 houses, numbered 1 to 3 from left to right, as seen from"
+    )
     assert found.shown.endswith(
-        "Now solve this one:\n\nThere are 2 houses.\n\n"
-        "End your response with one JSON object of this form, with every ___ filled in:\n\n"
-        '{\n "reasoning": "___",\n "solution": {\n  "House 1": {\n   "Name": "___",\n   "Pet": "___"\n  },\n'
-        '  "House 2": {\n   "Name": "___",\n   "Pet": "___"\n  }\n }\n}'
+        "# Puzzle to Solve \n\nThere are 2 houses.\n\n\n# Instruction\n\n"
+        "Now please solve the above puzzle. Present your reasoning and solution in the following json format:\n\n"
+        '{\n    "reasoning": "___",\n    "solution": {\n'
+        '        "House 1": {\n            "Name": "___",\n            "Pet": "___"\n        },\n'
+        '        "House 2": {\n            "Name": "___",\n            "Pet": "___"\n        }\n    }\n}\n\n'
     )
     grid = {"House 1": {"Name": "Ann", "Pet": "cat"}, "House 2": {"Name": "Bob", "Pet": "dog"}}
     assert [json.loads(answer) for answer in found.answers] == [grid]
     assert "Ann" not in found.shown
 
 
-def test_the_worked_grid_is_json_that_says_what_its_reasoning_says() -> None:
-    example = json.loads(next(line for line in shapes.GRID.splitlines() if line.startswith("{")))
-    assert example["solution"] == {"House 1": {"Name": "Mara", "Pet": "newt"}, "House 2": {"Name": "Ivo", "Pet": "owl"}}
+def test_the_prompt_of_zebralogic_is_the_published_one() -> None:
+    assert hashlib.sha256(shapes.GRID.encode()).hexdigest() == PUBLISHED_ZEBRA_GRID
 
 
 GRID_ROWS: list[Any] = [
