@@ -307,8 +307,8 @@ def _cold_start(recipe: Recipe, datasets: dict[str, Dataset], loop: EMLoop, toke
     strange = [w for w in words if tokenizer.unk_token_id in tokenizer(w, add_special_tokens=False)["input_ids"]]
     if strange:
         raise UserError(
-            f"cold_start.task has words that the tokenizer of data's questions does not know, such as {strange[0]!r}; choose a "
-            "task of the same words"
+            f"{'cold_start.task' if how.task else 'data.labelled'} has words that the tokenizer does not know, such as "
+            f"{strange[0]!r}; choose a task of the tokenizer's words"
         )
     optimizer = _optimizer(loop.policy.parameters(), how.optim, how.steps)
     not_to_be_seen = frozenset(q.id for name, d in datasets.items() if name != "labelled" for q in d.questions)

@@ -229,7 +229,7 @@ def bad_inputs(folder: Path) -> dict[str, tuple[dict[str, object], str]]:
         ),
         "words of another task": (
             {"cold_start": {"steps": 5, "task": {"generator": "sums"}}},
-            "cold_start.task has words that the tokenizer of data's questions does not know",
+            "cold_start.task has words that the tokenizer does not know, such as",
         ),
         "trace kind": ({"cold_start": {"steps": 5, "mix": {"wrong": 1.0}}}, "this generator writes right, miss, fudge"),
     }
