@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -261,6 +262,16 @@ def test_a_process_does_a_step_when_told_to_and_one_that_dies_is_noticed() -> No
         one.process.kill()
         with pytest.raises(Failed):
             one.ask("go")
+
+
+def test_a_process_may_close_what_it_started_unless_we_leave_in_a_hurry() -> None:
+    with Process("steps", "floor", case_of()) as one:
+        one.ask()
+    assert one.process.returncode == 0
+    with pytest.raises(KeyboardInterrupt), Process("steps", "floor", case_of()) as one:
+        one.ask()
+        raise KeyboardInterrupt
+    assert one.process.returncode == -signal.SIGKILL
 
 
 def test_a_worker_measures_memory_and_leaves_its_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,6 +30,7 @@ from tempo_em.throughput.work import (
     CLIP,
     CLIP_HIGH,
     CLIP_LOW,
+    GPU_SHARE,
     GROUP_EPS,
     LEARNING_RATE,
     MAX_GRAD_NORM,
@@ -70,11 +71,14 @@ def local(case: Case) -> Sampler:
 
 
 def servers(case: Case) -> Sampler:
-    """SGLang, on the trainer's GPU where there is one: then it gives its memory back between batches."""
+    """SGLang, on the trainer's GPU where there is one: there it gives its memory back between batches, and samples in bfloat16,
+    which its kernels for GPUs are made for."""
     has_gpu = torch.cuda.is_available()
     server = ServerOptions(
-        dtype=case.dtype, max_running=case.num_rows, context_length=case.prompt_tokens + case.longest, saves_memory=has_gpu,
-        gpus=own_gpus()[:1],
+        dtype="bfloat16" if has_gpu else case.dtype, max_running=case.num_rows,
+        context_length=case.prompt_tokens + case.longest, saves_memory=has_gpu, gpus=own_gpus()[:1],
+        memory_fraction=GPU_SHARE if has_gpu else None,
+        arguments={"attention_backend": "triton"} if has_gpu else {},  # not every other one has heads of 32
     )  # fmt: skip
     options = SGLangOptions(
         server=server, patience=Patience(), sync="tensor" if has_gpu else "disk", verify="off", naps=has_gpu

@@ -26,8 +26,9 @@ from tempo_em.throughput.work import Case, Sampler
 
 OURS = "engine"
 # Of the relative difference from a plain step's gradients in float32: of any parameter's; in bfloat16 of all of them together.
-# There every side is off, and in a model of 30 layers even the plain step's worst parameter by 0.2.
-LIMITS = {"float32": 1e-5, "bfloat16": 0.1}
+# There every side is off, and in a model of 30 layers even the plain step's worst parameter by 0.2. A GPU's attention sums its
+# gradients in no fixed order.
+LIMITS = {"float32": 1e-4 if torch.cuda.is_available() else 1e-5, "bfloat16": 0.1}
 ROUNDS = 5  # that count; one before them does not
 WORK = ("rows", "generated", "trained", "updates")
 
@@ -163,21 +164,22 @@ def whole_difference(tensors: Mapping[str, Tensor], truth: Mapping[str, Tensor])
 def in_turn(
     case: Case, problems: dict[str, str], rounds: int, pythons: Pythons, progress: Callable[[str], None]
 ) -> dict[str, list[Step]]:
-    """Every right stack's steps: one of each in turn, again and again, so that a drift of the machine hits all. The first round, in
-    which memory is found, is left out."""
+    """Every right stack's steps: one of each in turn, again and again, so that a drift of the machine hits all. Each starts, and
+    makes a step that does not count, before the next one does: on a GPU samplers measure at their start what is free."""
     steps: dict[str, list[Step]] = {stack: [] for stack, problem in problems.items() if not problem}
+    processes: dict[str, Process] = {}
     with ExitStack() as running:
-        processes = {
-            stack: running.enter_context(Process("steps", stack, case, python=pythons.get(stack, sys.executable)))
-            for stack in steps
-        }
-        for turn in range(-1, rounds + 1):
-            for stack, one in processes.items():
+        for turn in range(rounds + 1):
+            for stack in steps:
                 if problems[stack]:
                     continue
-                progress(f"{case.name}: {stack}, step {max(turn, 0)} of {rounds}")
+                progress(f"{case.name}: {stack}, step {turn} of {rounds}")
                 try:
-                    took = one.ask("go" if turn >= 0 else "")  # at first it says that it is ready
+                    if turn == 0:
+                        one = Process("steps", stack, case, python=pythons.get(stack, sys.executable))
+                        processes[stack] = running.enter_context(one)
+                        one.ask()  # it says that it is ready
+                    took = processes[stack].ask("go")
                 except Failed as failure:
                     problems[stack] = str(failure)
                     continue

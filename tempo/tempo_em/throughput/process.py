@@ -6,17 +6,29 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
+from tempo_em.servers import own_gpus
 from tempo_em.throughput.work import Case
 
 # Freed memory goes back to the system at once, on every side: what is resident is what is in use.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
+# For a stack to close its samplers and servers.
+SECONDS_TO_END = 60.0
+
+
 class Failed(Exception):
     """A stack broke; the sentence says how."""
+
+
+def one_gpu() -> dict[str, str]:
+    """All sides have the same one, where there are several: a trainer that sees more takes more."""
+    gpus = own_gpus()
+    return {"CUDA_VISIBLE_DEVICES": str(gpus[0])} if gpus else {}
 
 
 class Process:
@@ -31,15 +43,19 @@ class Process:
         self.process = subprocess.Popen(
             [python, "-m", "tempo_em.throughput.worker", kind, stack, json.dumps(asdict(case)), *more],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **one_gpu(), **environment},
         )  # fmt: skip
 
     def __enter__(self) -> "Process":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        """It ends by itself, with all that it started; killed if that takes long, or if we leave in a hurry."""
         if self.process.stdin is not None:
             self.process.stdin.close()
+        if kind is None:
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(SECONDS_TO_END)
         if self.process.poll() is None:
             self.process.kill()
         self.process.wait()

@@ -34,9 +34,8 @@ class Stack(NamedTuple):
 
 
 TRL_NOTE = "TRL also tokenizes its prompts, counts clip ratios and shuffles rows"
-VERL_NOTE = (
-    "verl also sends its rows through TransferQueue and counts metrics; its memory is the trainer's process alone"
-)
+VERL_NOTE = "verl also sends its rows through TransferQueue, counts metrics but no entropy; its memory is that of its trainer alone"
+GPU_NODES = "it is for GPU nodes, and may have an environment of its own: --python"
 AUTHORS_NOTE = (
     "em_token written out on padded batches, not the authors' code; compared are the gradients of value loss and GSPO where values "
     "and ratios have not moved yet"
@@ -44,10 +43,8 @@ AUTHORS_NOTE = (
 STACKS = {
     "engine": Stack("engine"),
     "trl": Stack("trl", ("trl", "datasets"), "pip install 'tempo-engine[bench]'", note=TRL_NOTE),
-    "trl_vllm": Stack("trl_vllm", ("trl", "datasets", "vllm"), "it is for GPU nodes", needs_gpu=True, note=TRL_NOTE),
-    "verl": Stack(
-        "verl", ("verl", "ray", "vllm", "transfer_queue"), "it is for GPU nodes", needs_gpu=True, note=VERL_NOTE
-    ),
+    "trl_vllm": Stack("trl_vllm", ("trl", "datasets", "vllm"), GPU_NODES, needs_gpu=True, note=TRL_NOTE),
+    "verl": Stack("verl", ("verl", "ray", "vllm", "transfer_queue"), GPU_NODES, needs_gpu=True, note=VERL_NOTE),
     "floor": Stack("floor", note="generate and a padded step by hand, no trainer"),
     "authors": Stack("authors", note=AUTHORS_NOTE),
 }

@@ -3,6 +3,7 @@
 Given responses need no vLLM. Where weights are float32, vLLM samples in half precision: TRL has no setting for it.
 """
 
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from torch import Tensor
 
 from tempo_em.throughput import trl
 from tempo_em.throughput.turns import Turns
-from tempo_em.throughput.work import Case
+from tempo_em.throughput.work import GPU_SHARE, Case
+
+# TRL sets these for vLLM and leaves them: a second trainer in the process would take itself for one of several ranks.
+OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
@@ -21,11 +25,15 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
         model.save_pretrained(folder)
         case.tokenizer().save_pretrained(folder)
         model.name_or_path = model.config._name_or_path = folder
-        return trl.run(
-            case, turns, given=given, model=model, kind=Trainer, use_vllm=not given, vllm_mode="colocate",
-            vllm_gpu_memory_utilization=0.3,
-            vllm_importance_sampling_correction=False,  # its pass for old log-probs is work that others do not do
-        )  # fmt: skip
+        try:
+            return trl.run(
+                case, turns, given=given, model=model, kind=Trainer, use_vllm=not given, vllm_mode="colocate",
+                vllm_gpu_memory_utilization=GPU_SHARE,
+                vllm_importance_sampling_correction=False,  # its pass for old log-probs is work that others do not do
+            )  # fmt: skip
+        finally:
+            for name in OF_RANKS:
+                os.environ.pop(name, None)
 
 
 class Trainer(trl.Trainer):

@@ -8,6 +8,7 @@ timing, length statistics).
 
 import importlib
 import json
+import os
 import tempfile
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from tempo_em.throughput.memory import peak, start_peak
 from tempo_em.throughput.turns import Enough, Facts, Turns
-from tempo_em.throughput.work import CLIP, GROUP_EPS, LEARNING_RATE, MAX_GRAD_NORM, MOST_STEPS, Case, reward
+from tempo_em.throughput.work import CLIP, GPU_SHARE, GROUP_EPS, LEARNING_RATE, MAX_GRAD_NORM, MOST_STEPS, Case, reward
 
 
 def verl(name: str) -> Any:
@@ -41,7 +42,9 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
     """Steps until the turns end; returns AdamW's first moments by parameter."""
     with tempfile.TemporaryDirectory() as folder:
         config = settings(case, Path(folder), given)
-        ray.init(include_dashboard=False, runtime_env=verl("trainer.constants_ppo").get_ppo_ray_runtime_env(config))
+        environment = verl("trainer.constants_ppo").get_ppo_ray_runtime_env(config)
+        # Its processes ask for so many cores in all; Ray waits for ever where there are fewer.
+        ray.init(include_dashboard=False, num_cpus=max(16, os.cpu_count() or 1), runtime_env=environment)
         try:
             queue.init(config.transfer_queue)
             trainer = Trainer(case, turns, given, config)
@@ -52,6 +55,8 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
             )  # fmt: skip
             with suppress(Enough):
                 trainer.fit(manager)
+            if not given:
+                trainer.checkpoint_manager.sleep_replicas()  # its memory is free before another run begins
             return trainer.on_worker("moments")
         finally:
             queue.close()
@@ -94,14 +99,15 @@ def changes(case: Case, folder: Path, given: bool) -> dict[str, Any]:
     actor = {
         "strategy": "fsdp2", "ppo_mini_batch_size": case.num_prompts, "ppo_micro_batch_size_per_gpu": case.rows_of_a_part,
         "clip_ratio": CLIP, "clip_ratio_low": CLIP, "clip_ratio_high": CLIP, "loss_agg_mode": "seq-mean-token-mean",
-        "calculate_entropy": True, "grad_clip": MAX_GRAD_NORM, "optim": optim,
+        "grad_clip": MAX_GRAD_NORM, "optim": optim,
         "fsdp_config": {
             "strategy": "fsdp2", "model_dtype": "fp32", "dtype": case.dtype,
             "mixed_precision": {"param_dtype": case.dtype, "reduce_dtype": "float32"},
         },
     }  # fmt: skip
     rollout = {
-        "name": "vllm", "n": case.group_size, "dtype": case.dtype, "tensor_model_parallel_size": 1, "gpu_memory_utilization": 0.3,
+        "name": "vllm", "n": case.group_size, "dtype": "bfloat16", "tensor_model_parallel_size": 1,
+        "gpu_memory_utilization": GPU_SHARE, "checkpoint_engine": {"update_weights_bucket_megabytes": 256},
         "log_prob_micro_batch_size_per_gpu": case.rows_of_a_part, "calculate_log_probs": not given, "nnodes": int(given),
         "agent": {"num_workers": 1, "default_agent_loop": "planned", "agent_loop_config_path": str(folder / "planned.json")},
     }  # fmt: skip
@@ -185,6 +191,7 @@ class Trainer(v1.PPOTrainerSync):
         super().__init__(config)
         self.case, self.turns, self.given = case, turns, given
         self._enable_hybrid_replicas = not given  # verl's word for samplers on the trainer's GPUs
+        self.replay_buffer.poll_interval = 0.01  # of 2 seconds, which is longer than these steps
         self.updates = 0
 
     def _init_resource_pool_mgr(self) -> None:
@@ -203,7 +210,12 @@ class Trainer(v1.PPOTrainerSync):
         if not self.turns.go():
             raise Enough
 
+    def on_sample_begin(self) -> None:
+        super().on_sample_begin()
+        self.began = self.turns.clock()
+
     def on_sample_end(self) -> None:
+        self.turns.generating += self.turns.clock() - self.began
         if not self.given:
             super().on_sample_end()
 

@@ -20,6 +20,8 @@ Sampler = Literal["local", "sglang"]
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
 # More steps than anybody asks for, where a trainer must know how many there are.
 MOST_STEPS = 1000
+# Of a GPU's memory, for a sampler's weights and cache.
+GPU_SHARE = 0.3
 # grpo: what is added to a group's standard deviation (TRL's number), and the clip of a token's ratio.
 GROUP_EPS, CLIP = 1e-4, 0.2
 # tempo: the clips of a response's ratio and of its mean value (the authors').

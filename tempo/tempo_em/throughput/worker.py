@@ -32,7 +32,7 @@ from tempo_em.throughput.work import Case
 
 TINY = {
     "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 128, "num_attention_heads": 2,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 2, "head_dim": 32,
 }  # fmt: skip
 Say = Callable[[dict[str, Any]], None]
 
