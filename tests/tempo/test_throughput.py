@@ -267,11 +267,11 @@ def test_a_process_does_a_step_when_told_to_and_one_that_dies_is_noticed() -> No
 def test_a_process_may_close_what_it_started_unless_we_leave_in_a_hurry() -> None:
     with Process("steps", "floor", case_of()) as one:
         one.ask()
+        one.ask("go")
     assert one.process.returncode == 0
-    with pytest.raises(KeyboardInterrupt), Process("steps", "floor", case_of()) as one:
-        one.ask()
-        raise KeyboardInterrupt
-    assert one.process.returncode == -signal.SIGKILL
+    hurried = Process("steps", "floor", case_of())
+    hurried.__exit__(KeyboardInterrupt, None, None)
+    assert hurried.process.returncode == -signal.SIGKILL
 
 
 def test_a_worker_measures_memory_and_leaves_its_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
