@@ -11,7 +11,7 @@ import pytest
 import tempo_kernels
 from tempo_kernels.compile import DEVICES, compile_kernels
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 # linear_logprob's products, where they are not read from memory instead
 HAS_PRODUCTS = ("forward_kernel", "backward_kernel")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tempo_engine.checkpoint import list_checkpoints, load_tensors, names
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 SETTINGS = ("--set", "cold_start.steps=60", "--set", "evaluation.samples=2", "--set", "em.iterations=6")
