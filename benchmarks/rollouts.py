@@ -154,7 +154,8 @@ def bare_payload(sampler: SGLangSampler, prompts: list[Prompt]) -> tuple[Server,
     request = {
         "input_ids": [list(p.token_ids) for p in prompts for _ in range(GROUP_SIZE)],
         "sampling_params": [
-            sampler._parameters(name) for name in response_names(prompts, GROUP_SIZE, f"{sampler.seed}/bench")
+            sampler._parameters(name, sampler.max_new_tokens)
+            for name in response_names(prompts, GROUP_SIZE, f"{sampler.seed}/bench")
         ],
         "return_logprob": True,
     }
