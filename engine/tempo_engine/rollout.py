@@ -73,3 +73,8 @@ def response_names(prompts: Sequence[Prompt], group_size: int, occasion: str) ->
             names.append(f"{occasion}/{prompt.id}/{occurrence[prompt.id]}")
             occurrence[prompt.id] += 1
     return names
+
+
+def response_limits(limits: Sequence[int] | None, count: int, most: int) -> list[int]:
+    """Most tokens of each response: `most`, or less where `limits` says so."""
+    return [min(n, most) for n in limits or [most] * count]

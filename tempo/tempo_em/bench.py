@@ -11,7 +11,7 @@ from rich.table import Table
 from tempo_engine.errors import UserError
 
 if TYPE_CHECKING:
-    from tempo_em.throughput.work import Sampler
+    from tempo_em.throughput.work import SamplerName
 
 # Qwen3-8B: hidden size, vocabulary; and the tokens of a usual minibatch.
 HIDDEN_SIZE, VOCAB_SIZE, NUM_TOKENS = 4096, 151936, 8192
@@ -69,7 +69,7 @@ def bench_throughput(
     return all(row.is_ours_right for row in rows)
 
 
-def _sampler(name: str | None) -> "Sampler":
+def _sampler(name: str | None) -> "SamplerName":
     import torch
 
     has_sglang, has_gpu = importlib.util.find_spec("sglang") is not None, torch.cuda.is_available()

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from tempo_engine import parallel
 from tempo_engine.model import Policy
-from tempo_engine.rollout import Prompt, Rollout, response_names
+from tempo_engine.rollout import Prompt, Rollout, response_limits, response_names
 
 # Rows leave the cache (a copy of what stays) once this share of the batch has finished, so copies cost a bounded fraction.
 FINISHED_SHARE = 1 / 8
@@ -84,7 +84,7 @@ class LocalSampler:
         if policy is None or policy.version != self.version:
             raise RuntimeError(f"the sampler holds version {self.version}; call load(policy) after every update")
         names = response_names(prompts, group_size, f"{self.seed}/{key}")
-        limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(names)]
+        limits = response_limits(limits, len(names), self.max_new_tokens)
 
         def sample_groups(share: list[int]) -> list[list[tuple[list[int], list[float], str]]]:
             slots = [row * group_size + i for row in share for i in range(group_size)]

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from tempo_engine import parallel
 from tempo_engine.errors import Halted
 from tempo_engine.model import Policy
-from tempo_engine.rollout import Prompt, Rollout, response_names
+from tempo_engine.rollout import Prompt, Rollout, response_limits, response_names
 from tempo_engine.sglang.fleet import Fleet, Group, Patience, on_all
 from tempo_engine.sglang.server import ServerOptions
 from tempo_engine.weight_sync import SyncPath, WeightSync
@@ -126,7 +126,7 @@ class SGLangSampler:
         if self._pushed is None or self._sync is None or self.policy is None:
             raise RuntimeError("the servers have no weights; call load(policy) first")
         names = response_names(prompts, group_size, f"{self.seed}/{key}")
-        limits = [min(n, self.max_new_tokens) for n in limits or [self.max_new_tokens] * len(names)]
+        limits = response_limits(limits, len(names), self.max_new_tokens)
         parameters = [self._parameters(name, limit) for name, limit in zip(names, limits, strict=True)]
         groups = [
             Group(list(p.token_ids), parameters[i * group_size : (i + 1) * group_size]) for i, p in enumerate(prompts)

@@ -76,7 +76,7 @@ def servers(case: Case) -> Sampler:
     has_gpu = torch.cuda.is_available()
     server = ServerOptions(
         dtype="bfloat16" if has_gpu else case.dtype, max_running=case.num_rows,
-        context_length=case.prompt_tokens + case.longest, saves_memory=has_gpu, gpus=own_gpus()[:1],
+        context_length=case.prompt_tokens + case.longest, saves_memory=has_gpu, gpus=own_gpus(),
         memory_fraction=GPU_SHARE if has_gpu else None,
         arguments={"attention_backend": "triton"} if has_gpu else {},  # not every other one has heads of 32
     )  # fmt: skip

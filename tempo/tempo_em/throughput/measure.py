@@ -5,7 +5,6 @@ both sides were seen to do the same work in every step: the same prompts with re
 tokens sampled and trained on, of optimiser steps.
 """
 
-import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -22,7 +21,7 @@ from torch import Tensor
 from tempo_em.throughput.cases import CASES, Bench
 from tempo_em.throughput.process import MALLOC, Failed, Process
 from tempo_em.throughput.stacks import STACKS
-from tempo_em.throughput.work import Case, Sampler
+from tempo_em.throughput.work import Case, SamplerName
 
 OURS = "engine"
 # Of the relative difference from a plain step's gradients in float32: of any parameter's; in bfloat16 of all of them together.
@@ -64,11 +63,11 @@ class Row:
     error: dict[str, float] = field(default_factory=dict)  # of gradients
     is_ours_right: bool = True
     note: str = ""
-    sampler: Sampler = "local"  # ours
+    sampler: SamplerName = "local"  # ours
 
 
 def measure(
-    name: str, *, quick: bool = False, sampler: Sampler = "local", pythons: Pythons = HERE,
+    name: str, *, quick: bool = False, sampler: SamplerName = "local", pythons: Pythons = HERE,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:  # fmt: skip
     """A row for each peer of the case. `pythons`: the interpreters of stacks that live in environments of their own."""
@@ -132,7 +131,7 @@ def said(kind: str, stack: str, case: Case, path: Path, pythons: Pythons) -> tup
     """What a process said first, and the moments that it left: of AdamW after one step on given responses, a tenth of the clipped
     gradient, by parameter."""
     with Process(
-        kind, stack, case, str(path), python=pythons.get(stack, sys.executable), environment=MALLOC
+        kind, stack, case, str(path), python=pythons.get(stack), environment=MALLOC
     ) as one:  # fmt: skip
         first = one.ask()
         one.finish()
@@ -176,7 +175,7 @@ def in_turn(
                 progress(f"{case.name}: {stack}, step {turn} of {rounds}")
                 try:
                     if turn == 0:
-                        one = Process("steps", stack, case, python=pythons.get(stack, sys.executable))
+                        one = Process("steps", stack, case, python=pythons.get(stack))
                         processes[stack] = running.enter_context(one)
                         one.ask()  # it says that it is ready
                     took = processes[stack].ask("go")

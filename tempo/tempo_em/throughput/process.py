@@ -32,16 +32,16 @@ def one_gpu() -> dict[str, str]:
 
 
 class Process:
-    """`with Process("steps", "trl", case) as one: one.ask("go")`. One thread; `python` is the interpreter."""
+    """`with Process("steps", "trl", case) as one: one.ask("go")`. One thread; `python` is the interpreter if not this one."""
 
     def __init__(
-        self, kind: str, stack: str, case: Case, *more: str, python: str = sys.executable,
+        self, kind: str, stack: str, case: Case, *more: str, python: str | None = None,
         environment: Mapping[str, str] = {},
     ) -> None:  # fmt: skip
         self.stack = stack
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
-            [python, "-m", "tempo_em.throughput.worker", kind, stack, json.dumps(asdict(case)), *more],
+            [python or sys.executable, "-m", "tempo_em.throughput.worker", kind, stack, json.dumps(asdict(case)), *more],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1", **one_gpu(), **environment},
         )  # fmt: skip

@@ -6,6 +6,7 @@ Given responses need no vLLM. Where weights are float32, vLLM samples in half pr
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -21,9 +22,7 @@ OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
     """As trl.py."""
     with tempfile.TemporaryDirectory() as folder:  # vLLM loads models from directories
-        model: Any = case.load_model()
-        model.save_pretrained(folder)
-        case.tokenizer().save_pretrained(folder)
+        model: Any = case.save_model(Path(folder))
         model.name_or_path = model.config._name_or_path = folder
         try:
             return trl.run(

@@ -65,9 +65,7 @@ def run(case: Case, turns: Turns, *, given: bool = False) -> dict[str, Tensor]:
 
 def settings(case: Case, folder: Path, given: bool) -> Any:
     """verl's defaults with ours over them; the model, the questions and the agent loop go into the folder."""
-    model: Any = case.load_model()
-    model.save_pretrained(folder / "model")
-    case.tokenizer().save_pretrained(folder / "model")
+    case.save_model(folder / "model")
     questions, planned = folder / "questions.jsonl", folder / "planned.json"
     rows = [{"prompt": [{"role": "user", "content": ""}], "extra_info": {"index": i}} for i in range(case.num_prompts)]
     questions.write_text("".join(json.dumps({"data_source": "", **row}) + "\n" for row in rows))

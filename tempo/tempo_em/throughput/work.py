@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 Method = Literal["grpo", "tempo"]
-Sampler = Literal["local", "sglang"]
+SamplerName = Literal["local", "sglang"]
 
 # AdamW on every side: betas 0.9 and 0.999, eps 1e-8, no decay; the whole gradient is clipped to this norm.
 LEARNING_RATE, MAX_GRAD_NORM = 1e-6, 1.0
@@ -47,7 +47,7 @@ class Case:
     dtype: str = "float32"
     parts: int = 1
     method: Method = "grpo"
-    sampler: Sampler = "local"
+    sampler: SamplerName = "local"
 
     def __post_init__(self) -> None:
         if len(self.lengths) != self.num_rows:
@@ -80,6 +80,13 @@ class Case:
         if isinstance(self.model, str):
             return load_causal_lm(Path(self.model), dtype=torch.float32, attention="sdpa").eval()
         return create_causal_lm(self.model, dtype=torch.float32, attention="sdpa", seed=0).eval()
+
+    def save_model(self, folder: Path) -> PreTrainedModel:
+        """The same as a Hugging Face directory with the tokenizer."""
+        model: Any = self.load_model()
+        model.save_pretrained(folder)
+        self.tokenizer().save_pretrained(folder)
+        return model
 
     @cached_property
     def vocab_size(self) -> int:
